@@ -1,0 +1,186 @@
+"""kvenv's attention as Hugging Face models call it: a registered attention function and a registered mask function.
+
+A model switched to it (:func:`use_kvenv_attention`) behaves as with SDPA until a :class:`HandedCache` is passed as
+``past_key_values``. The attention function doesn't receive the cache, so ``Cache.update`` hands (cache, layer, new keys)
+over and the function takes and clears it; nothing is kept on modules.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "kvenv"
+
+_handover = threading.local()
+
+
+class HandedCache(Cache):
+    """A Hugging Face cache that computes attention itself, over whatever it keeps.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The decoder it belongs to; its configuration gives the shapes.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(layers=[])
+        config = model.config.get_text_config()
+        self.num_layers: int = config.num_hidden_layers
+        self.kv_heads: int = config.num_key_value_heads
+        self.groups: int = config.num_attention_heads // config.num_key_value_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.seen = 0
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, padding: Tensor | None
+    ) -> Tensor:
+        """Cache the new pairs and return the attention output of the new queries.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the layer.
+        query : Tensor (N, H * G, S, D)
+            New queries, rotated.
+        key, value : Tensor (N, H, S, D)
+            New pairs, keys rotated.
+        scaling : float
+            Factor on the logits.
+        padding : Tensor (N, >= S) bool or None
+            The model's 2-D padding mask, if it was given one.
+
+        Returns
+        -------
+        Tensor (N, H * G, S, D)
+        """
+        raise NotImplementedError
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand the new pairs over to the attention function, which is called next."""
+        if layer_idx == 0:
+            self.seen += key_states.shape[2]
+        _handover.pending = (self, layer_idx, key_states)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens seen, not stored: generate slices its inputs and makes positions from it."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return (0, 0): this cache needs no mask built, see :func:`_mask`."""
+        return 0, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return 0: the mask that it would shift isn't built."""
+        return 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return -1: any number of tokens can be seen."""
+        return -1
+
+    def __len__(self) -> int:
+        return self.num_layers
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention interface of Hugging Face models: the pending cache's attention, or SDPA where there is none."""
+    pending, _handover.pending = getattr(_handover, "pending", None), None
+    # Another key means that a forward died between update and attention: what it left is not ours.
+    if pending is None or pending[2] is not key:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    cache, layer, _ = pending
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = cache.attend(layer, query, key, value, scaling, attention_mask)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _mask(kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Mask interface of Hugging Face models: SDPA's mask, or the 2-D padding mask unchanged for a HandedCache."""
+    if kv_length == 0:
+        return attention_mask
+    return sdpa_mask(kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def use_kvenv_attention(model: PreTrainedModel) -> None:
+    """Switch a model to kvenv's attention. Without a :class:`HandedCache` it goes on computing SDPA.
+
+    Raises
+    ------
+    ValueError
+        If the model doesn't go through transformers' attention interface.
+    """
+    if model.config._attn_implementation == NAME:
+        return
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise ValueError(
+            f"model {type(model).__name__} doesn't go through transformers' attention interface: "
+            "kvenv supports decoder-only models that do (Llama, Qwen2, Qwen3, Mistral, Phi3, ...)"
+        )
+
+
+def attend_block(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scaling: float) -> Tensor:
+    """Return the attention output of a block of queries, fused.
+
+    Parameters
+    ----------
+    query : Tensor (N, H, G, S, D)
+        Queries by the KV head they read.
+    key, value : Tensor (N, H, C, D)
+        Pairs.
+    allowed : Tensor (N, H or 1, S, C) bool
+        Which query may see which pair.
+    scaling : float
+        Factor on the logits.
+
+    Returns
+    -------
+    Tensor (N, H, G, S, D)
+    """
+    bias = _bias(allowed, query.dtype)[:, :, None].expand(-1, query.shape[1], query.shape[2], -1, -1).flatten(2, 3)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query.flatten(2, 3), key, value, attn_mask=bias, scale=scaling
+    )
+    return output.view(query.shape)
+
+
+def attention_probabilities(query: Tensor, key: Tensor, allowed: Tensor, scaling: float) -> Tensor:
+    """Return the attention probabilities (N, H, G, S, C) of a block of queries, at least float32.
+
+    Parameters are those of :func:`attend_block`.
+    """
+    logits = (query.flatten(2, 3) @ key.transpose(-1, -2)).view(*query.shape[:-1], key.shape[2]) * scaling
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits + _bias(allowed, logits.dtype)[:, :, None]).softmax(dim=-1)
+
+
+def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask; finite, because a padding query sees nothing and must not become NaN."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+        ~allowed, torch.finfo(dtype).min / 2
+    )

@@ -1,0 +1,300 @@
+"""The per-head KV cache: preallocated slots, eviction in place, positions apart from slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvenv import noise
+from kvenv.attention import HandedCache, attend_block, attention_probabilities
+from kvenv.ranking import evict, eviction_order
+from kvenv.rotary import Rotary
+from kvenv.state import NEEDS, LayerState, Protection
+from kvenv.statistics import QueryMoments, WindowStatistics, newest
+
+if TYPE_CHECKING:
+    from kvenv.golden import FutureAttention
+
+
+class EvictingCache(HandedCache):
+    """A cache of C slots per (layer, KV head) whose pairs are evicted between windows.
+
+    It serves stepping (``policy=None``: the caller evicts between calls) and layer-by-layer rollouts (a policy: the
+    windows of one call are walked inside each layer's attention).
+
+    Shapes: L layers, N rows, H KV heads, C slots, D head dimension.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Gives shapes, dtype and device.
+    rows : int
+        N, traces decoded side by side.
+    capacity : int
+        C, slots per (layer, KV head).
+    interval : int
+        W, tokens per window.
+    budget : int or Tensor (N,) int64
+        Pairs kept after an eviction.
+    needs : collection of str
+        Optional parts of :class:`~kvenv.state.LayerState` to keep up to date.
+    protection : Protection
+        Pairs that are never evicted.
+    policy : callable, optional
+        Maps a LayerState to priorities (N, H, C); decides at every window from ``first_decision`` on.
+    first_decision : int
+        Column of a call at which the first eviction is due (rollouts only).
+    seed : int
+        Seed of the noise.
+
+    Raises
+    ------
+    ValueError
+        If ``needs`` names something unknown.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        rows: int,
+        capacity: int,
+        interval: int,
+        budget: int | Tensor,
+        needs: Collection[str] = (),
+        protection: Protection | None = None,
+        policy: Callable[[LayerState], Tensor] | None = None,
+        first_decision: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model)
+        unknown = set(needs) - set(NEEDS)
+        if unknown:
+            raise ValueError(f"needs names unknown {sorted(unknown)}: known are {', '.join(NEEDS)}")
+        self.capacity, self.interval, self.needs = capacity, interval, frozenset(needs)
+        self.protection = protection or Protection()
+        self.policy, self.first_decision, self.seed = policy, first_decision, seed
+        device = model.device
+        shape = (self.num_layers, rows, self.kv_heads, capacity)
+        self.keys = torch.zeros(*shape, self.head_dim, dtype=model.dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.positions = torch.full(shape, -1, dtype=torch.int64, device=device)
+        self.next_position = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.prompt_length = torch.zeros_like(self.next_position)
+        self.budget = torch.as_tensor(budget, dtype=torch.int64, device=device).expand(rows).clone()
+        self.rollout = torch.arange(rows, device=device)
+        self.statistics = (
+            WindowStatistics(shape, self.groups, torch.promote_types(model.dtype, torch.float32), device)
+            if {"stats", "last_attention"} & self.needs
+            else None
+        )
+        self.moments = (
+            QueryMoments((self.num_layers, rows, self.kv_heads, self.groups), self.head_dim, Rotary.of(model), device)
+            if "query_moments" in self.needs
+            else None
+        )
+        if "queries" in self.needs:
+            window = (self.num_layers, rows, self.kv_heads, self.groups, interval, self.head_dim)
+            self.queries = torch.zeros(window, dtype=model.dtype, device=device)
+            self.query_valid = torch.zeros(rows, interval, dtype=torch.bool, device=device)
+        self.future: FutureAttention | None = None
+        self.expected_future: FutureAttention | None = None
+        self.on_eviction: Callable[[LayerState, Tensor, Tensor], None] | None = None
+        self._fed: tuple[Tensor, Tensor] | None = None
+
+    def expect(self, positions: Tensor, valid: Tensor) -> None:
+        """Say what the next forward call feeds.
+
+        Parameters
+        ----------
+        positions : Tensor (N, S) int64
+            Absolute positions, rising by one along a row; columns that aren't valid may go below 0 or past the end.
+        valid : Tensor (N, S) bool
+            False for padding, which takes no slot that counts and changes nothing.
+        """
+        self._fed = (positions, valid)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, padding: Tensor | None
+    ) -> Tensor:
+        """Walk the windows of this call: evict where due, cache the window's pairs, attend."""
+        positions, valid = self._expected(query, padding)
+        query = query.unflatten(1, (self.kv_heads, self.groups))
+        outputs = []
+        for start, stop in self._blocks(query.shape[3]):
+            block_positions, block_valid = positions[:, start:stop], valid[:, start:stop]
+            if self.policy is not None and start >= self.first_decision:
+                self._decide(layer, block_positions[:, 0], block_valid.any(dim=1))
+            self._insert(layer, key[:, :, start:stop], value[:, :, start:stop], block_positions, block_valid)
+            outputs.append(self._attend(layer, query[:, :, :, start:stop], block_positions, block_valid, scaling))
+        if layer == self.num_layers - 1:
+            self.next_position = torch.maximum(self.next_position, torch.where(valid, positions, -1).amax(dim=1) + 1)
+            self._fed = None
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
+        return output.flatten(1, 2)
+
+    def layer_state(self, layer: int, next_position: Tensor | None = None) -> LayerState:
+        """Return what a policy sees of a layer now.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the layer.
+        next_position : Tensor (N,) int64, optional
+            Position of the token fed next, where a walk inside a call is ahead of the cache's own count.
+        """
+        upcoming = self.next_position if next_position is None else next_position
+        positions = self.positions[layer]
+        state = LayerState(
+            layer=layer,
+            keys=self.keys[layer],
+            values=self.values[layer],
+            positions=positions,
+            mask=self.protection.candidates(positions, upcoming, self.prompt_length),
+            filled=positions >= 0,
+            next_position=upcoming,
+            prompt_length=self.prompt_length,
+            budget=self.budget,
+            interval=self.interval,
+            stats=self.statistics.values[layer] if self.statistics and "stats" in self.needs else None,
+            last_attention=self.statistics.last[layer] if self.statistics and "last_attention" in self.needs else None,
+            queries=self.queries[layer] if "queries" in self.needs else None,
+            query_valid=self.query_valid if "queries" in self.needs else None,
+            query_mean=self.moments.mean(layer) if self.moments else None,
+            query_cov=self.moments.covariance(layer) if self.moments else None,
+            rotary=self.moments.rotary if self.moments else None,
+            future=self.future.at(layer, positions, upcoming) if self.future else None,
+            expected_future=self.expected_future.at(layer, positions, upcoming) if self.expected_future else None,
+            noise=self._noise(layer, positions, upcoming) if "noise" in self.needs else None,
+        )
+        return state
+
+    def candidates(self) -> Tensor:
+        """Return the mask (L, N, H, C) of evictable slots."""
+        return self.protection.candidates(self.positions, self.next_position, self.prompt_length)
+
+    def evict(self, priorities: Tensor, active: Tensor, at_most: int) -> Tensor:
+        """Evict every (layer, head) of every active row down to its budget.
+
+        Parameters
+        ----------
+        priorities : Tensor (L, N, H, C)
+            Higher means keep.
+        active : Tensor (N,) bool
+            Rows that evict at all.
+        at_most : int
+            Upper bound of the pairs any head evicts: E.
+
+        Returns
+        -------
+        Tensor (L, N, H, E) int64
+            Evicted positions in order, -1 beyond each head's count.
+        """
+        order = eviction_order(priorities, self.positions, self.candidates())
+        return evict(self.positions, order, self._excess(self.positions, active), at_most)
+
+    def row_tensors(self) -> dict[str, tuple[Tensor, int]]:
+        """Return every tensor of run state by name, with the axis that is the row."""
+        tensors = {
+            "keys": (self.keys, 1),
+            "values": (self.values, 1),
+            "positions": (self.positions, 1),
+            "next_position": (self.next_position, 0),
+            "prompt_length": (self.prompt_length, 0),
+            "budget": (self.budget, 0),
+            "rollout": (self.rollout, 0),
+        }
+        if self.statistics:
+            tensors |= {"stats": (self.statistics.values, 1), "last_attention": (self.statistics.last, 1)}
+        if self.moments:
+            tensors |= self.moments.row_tensors()
+        if "queries" in self.needs:
+            tensors |= {"queries": (self.queries, 1), "query_valid": (self.query_valid, 0)}
+        return tensors
+
+    def copy_rows(self, rows: Tensor, source: EvictingCache) -> None:
+        """Overwrite rows by those of another cache with the same slots: row ``rows[i]`` becomes ``source``'s row i."""
+        for name, (target, axis) in self.row_tensors().items():
+            target.index_copy_(axis, rows, source.row_tensors()[name][0])
+
+    def _expected(self, query: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return positions and validity of the columns of this call; generate doesn't announce them."""
+        if self._fed is None:
+            rows, columns = query.shape[0], query.shape[2]
+            if self.policy is None and self.seen > self.capacity:
+                raise ValueError(
+                    f"capacity {self.capacity} is full after {self.seen - columns} tokens and the cache has no policy: "
+                    f"give it at least {self.seen} slots or a policy that evicts"
+                )
+            if padding is None:
+                stop = torch.arange(self.seen - columns, self.seen, device=query.device)
+                self._fed = (stop.expand(rows, -1), torch.ones(rows, columns, dtype=torch.bool, device=query.device))
+            else:
+                self._fed = (padding.cumsum(dim=1)[:, -columns:] - 1, padding[:, -columns:].bool())
+        return self._fed
+
+    def _blocks(self, columns: int) -> list[tuple[int, int]]:
+        """Cut the columns of a call into windows; what precedes the first decision is one block if nobody looks."""
+        by_window = self.statistics is not None or self.policy is not None
+        if columns <= self.interval or not by_window:
+            return [(0, columns)]
+        prefix = 0 if self.statistics is not None else self.first_decision
+        cuts = sorted({0, *range(prefix, columns, self.interval), columns})
+        return list(zip(cuts, cuts[1:], strict=False))
+
+    def _decide(self, layer: int, next_position: Tensor, active: Tensor) -> None:
+        """Let the policy rank one layer's candidates and evict."""
+        if self.policy is None:
+            return
+        state = self.layer_state(layer, next_position)
+        order = eviction_order(self.policy(state), state.positions, state.mask)
+        count = self._excess(state.positions, active)
+        if self.on_eviction is not None:
+            self.on_eviction(state, order, count)
+        evict(self.positions[layer], order, count, self.capacity)
+
+    def _excess(self, positions: Tensor, active: Tensor) -> Tensor:
+        """Pairs beyond the budget per head of active rows: (..., N, H)."""
+        excess = (positions >= 0).sum(dim=-1) - self.budget[:, None]
+        return excess.clamp(min=0) * active[:, None]
+
+    def _insert(self, layer: int, key: Tensor, value: Tensor, positions: Tensor, valid: Tensor) -> None:
+        """Write a block's pairs to free slots of each head; padding lands in free slots that stay empty."""
+        held = self.positions[layer]
+        # A block wider than the cache is one that fills it: its first columns are padding of every row.
+        key, value = key[:, :, -self.capacity :], value[:, :, -self.capacity :]
+        positions, valid = positions[:, -self.capacity :], valid[:, -self.capacity :]
+        slots = (held >= 0).to(torch.int8).argsort(dim=-1, stable=True)[..., : key.shape[2]]
+        where = slots[..., None].expand(-1, -1, -1, key.shape[3])
+        self.keys[layer].scatter_(2, where, key)
+        self.values[layer].scatter_(2, where, value)
+        held.scatter_(2, slots, torch.where(valid, positions, -1)[:, None].expand(slots.shape))
+        if self.statistics is not None:
+            self.statistics.forget(layer, slots)
+
+    def _attend(self, layer: int, query: Tensor, positions: Tensor, valid: Tensor, scaling: float) -> Tensor:
+        """Attend over the slots and take from the queries what the policy needs."""
+        held = self.positions[layer]
+        allowed = (held >= 0)[:, :, None] & (held[:, :, None] <= positions[:, None, :, None])
+        keys, values = self.keys[layer], self.values[layer]
+        if self.moments is not None:
+            self.moments.add(layer, query, positions, valid)
+        if "queries" in self.needs:
+            self.queries[layer] = newest(query, self.interval, dim=3)
+            self.query_valid.copy_(newest(valid, self.interval, dim=1))
+        if self.statistics is None:
+            return attend_block(query, keys, values, allowed, scaling)
+        probabilities = attention_probabilities(query, keys, allowed, scaling)
+        self.statistics.add(layer, probabilities, valid)
+        mixed = probabilities.flatten(2, 3).to(values.dtype) @ values
+        return mixed.view(query.shape)
+
+    def _noise(self, layer: int, positions: Tensor, next_position: Tensor) -> Tensor:
+        """Uniform noise (N, H, C) of the decision before ``next_position``."""
+        window = torch.div(next_position - self.budget, self.interval, rounding_mode="floor")
+        heads = torch.arange(self.kv_heads, device=positions.device)[None, :, None]
+        return noise.uniform(self.seed, self.rollout[:, None, None], layer, heads, window[:, None, None], positions)

@@ -1,0 +1,182 @@
+"""Loading LLMs: the bundled one, a directory, a hub id or a registered model, once per process."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import PretrainedConfig
+
+from kvenv.attention import use_kvenv_attention
+from kvenv.registry import MODELS
+
+TINY = Path(__file__).parent / "tiny"
+"""Directory of the bundled LLM."""
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen LLM with its tokenizer, on kvenv's attention.
+
+    Attributes
+    ----------
+    name : str
+        What it was asked for by.
+    model : PreTrainedModel
+        In eval mode, gradients off.
+    tokenizer : PreTrainedTokenizerBase or None
+        None if a registered model came without.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse traces longer than the model's positions or than its attention reaches.
+
+        Raises
+        ------
+        ValueError
+            Naming what is too short.
+        """
+        config = self.model.config.get_text_config()
+        if tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"trace_length {tokens} exceeds the {config.max_position_embeddings} positions of model {self.name!r}"
+            )
+        window = _sliding_window(config)
+        if window is not None and window < tokens:
+            raise ValueError(
+                f"model {self.name!r} attends over a sliding window of {window} tokens, shorter than trace_length "
+                f"{tokens}: kvenv needs full attention over a trace"
+            )
+        rope = getattr(config, "rope_parameters", None) or {}
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if rope.get("rope_type") in ("dynamic", "longrope") and tokens > original:
+            raise ValueError(
+                f"model {self.name!r} rescales its rotary phases beyond {original} tokens, which would turn cached keys "
+                f"stale: trace_length {tokens} must not exceed it"
+            )
+
+
+def load_model(
+    name: str = "tiny",
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a causal LM and its tokenizer, or return the copy this process already has.
+
+    Parameters
+    ----------
+    name : str
+        "tiny" (the bundled LLM), a registered name, a directory in Hugging Face format, or a hub id "owner/name".
+    dtype : str
+        "float32", "bfloat16", "float16" or "float64". A registered model keeps its own.
+    device : str
+        E.g. "cpu" or "cuda". A registered model stays where it is.
+    revision : str, optional
+        Commit or tag of a hub id.
+    trust_remote_code : bool
+        Passed on to transformers; runs code from the hub if True.
+
+    Returns
+    -------
+    LoadedModel
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, files are missing, the dtype or device is unknown, or the architecture isn't supported.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown: known are {', '.join(DTYPES)}")
+    if name in MODELS:
+        model, tokenizer = MODELS.get(name)
+        return _prepare(name, model, tokenizer)
+    try:
+        resolved = str(torch.device(device))
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown: use e.g. cpu or cuda") from error
+    if resolved.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} isn't available here: use cpu")
+    return _load(name, dtype, resolved, revision, trust_remote_code)
+
+
+@lru_cache(maxsize=8)
+def _load(name: str, dtype: str, device: str, revision: str | None, trust_remote_code: bool) -> LoadedModel:
+    """Load from disk or hub; the process-level cache."""
+    source = _resolve(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        refuse_unsupported(name, AutoConfig.from_pretrained(source, **options))
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **options)
+    except OSError as error:
+        raise ValueError(f"model {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
+    return _prepare(name, model.to(device), tokenizer)
+
+
+def _resolve(name: str) -> str:
+    """Return the directory or hub id that a name means."""
+    directory = TINY if name == "tiny" else Path(name)
+    if directory.is_dir():
+        missing = [file for file in ("config.json", "tokenizer_config.json") if not (directory / file).is_file()]
+        if not list(directory.glob("*.safetensors")):
+            missing.append("model.safetensors")
+        if missing:
+            raise ValueError(f"model directory {str(directory)!r} lacks {', '.join(missing)}")
+        return str(directory)
+    if _HUB_ID.fullmatch(name):
+        return name
+    known = ["tiny", *MODELS.names()]
+    raise ValueError(f"unknown model {name!r}: known are {', '.join(known)}, a directory or a hub id owner/name")
+
+
+def _prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
+    """Freeze a model and switch it to kvenv's attention, once."""
+    refuse_unsupported(name, model.config)
+    model.eval().requires_grad_(False)
+    use_kvenv_attention(model)
+    return LoadedModel(name, model, tokenizer)
+
+
+def refuse_unsupported(name: str, config: PretrainedConfig) -> None:
+    """Refuse architectures whose cache isn't one rotated key and one value per KV head and token.
+
+    Raises
+    ------
+    ValueError
+        With the reason.
+    """
+    text = config.get_text_config()
+    reasons = {
+        "it is an encoder-decoder": getattr(config, "is_encoder_decoder", False),
+        "its latent attention (MLA) caches no per-head keys": getattr(text, "kv_lora_rank", None),
+        "it has linear-attention or state-space layers": {"linear_attention", "mamba", "conv", "recurrent"}
+        & set(getattr(text, "layer_types", None) or ()),
+        "its logits are soft-capped": getattr(text, "attn_logit_softcapping", None),
+        "it has no rotary position embedding": not getattr(text, "rope_parameters", None),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"model {name!r} ({config.model_type}) is not supported: {reason}")
+
+
+def _sliding_window(config: PretrainedConfig) -> int | None:
+    """Return the window of the layers that slide, None if all attend fully."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        return None
+    return getattr(config, "sliding_window", None)

@@ -1,0 +1,125 @@
+"""Named things users can add: models, trace sources, rewards and feature sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A name -> value table whose errors say what would have been right.
+
+    Parameters
+    ----------
+    kind : str
+        What the table holds, in the singular, as error messages name it.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._values: dict[str, T] = {}
+
+    def register(self, name: str, value: T) -> None:
+        """Add ``value`` under ``name``.
+
+        Raises
+        ------
+        ValueError
+            If the name is empty or taken.
+        """
+        if not name:
+            raise ValueError(f"{self.kind} name is empty: give it a name")
+        if name in self._values:
+            raise ValueError(f"{self.kind} {name!r} is already registered: choose another name")
+        self._values[name] = value
+
+    def get(self, name: str) -> T:
+        """Return the value registered under ``name``.
+
+        Raises
+        ------
+        ValueError
+            If there is none; the message lists the known names.
+        """
+        if name not in self._values:
+            raise ValueError(f"unknown {self.kind} {name!r}: known are {', '.join(self.names())}")
+        return self._values[name]
+
+    def names(self) -> list[str]:
+        """Return the registered names in the order of registration."""
+        return list(self._values)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+
+MODELS: Registry[tuple[Any, Any]] = Registry("model")
+TRACES: Registry[Callable[..., Any]] = Registry("traces")
+REWARDS: Registry[Callable[..., Any]] = Registry("reward")
+FEATURES: Registry[tuple[Callable[..., Any], Any, frozenset[str]]] = Registry("features")
+
+
+def register_model(name: str, model: Any, tokenizer: Any = None) -> None:
+    """Make a loaded Hugging Face model usable as ``model=name``.
+
+    Parameters
+    ----------
+    name : str
+        The name environments, rollouts and commands will know it by.
+    model : transformers.PreTrainedModel
+        A decoder-only model; it is switched to kvenv's attention when first used.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Needed for traces that are text.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken.
+    """
+    MODELS.register(name, (model, tokenizer))
+
+
+def register_traces(name: str, fn: Callable[..., Any]) -> None:
+    """Make ``fn(trace_id, split=..., trace_length=..., tokenizer=...) -> kvenv.Trace`` usable as ``traces=name``.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken.
+    """
+    TRACES.register(name, fn)
+
+
+def register_reward(name: str, fn: Callable[..., Any]) -> None:
+    """Make ``fn(kvenv.rewards.WindowLosses) -> tensor (N,)`` usable as ``reward=name``.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken.
+    """
+    REWARDS.register(name, fn)
+
+
+def register_features(name: str, fn: Callable[..., Any], size: Any, needs: frozenset[str] = frozenset()) -> None:
+    """Make ``fn(kvenv.LayerState) -> tensor (N, H, C, F)`` usable as ``features=name``.
+
+    Parameters
+    ----------
+    name : str
+        The name of the feature set.
+    fn : callable
+        Maps a layer's state to features of every slot.
+    size : int or callable
+        F, or a function of the model's ``(head_dim, queries_per_kv_head)`` that returns it.
+    needs : frozenset of str
+        What ``fn`` reads of the optional fields of :class:`kvenv.LayerState`.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken.
+    """
+    FEATURES.register(name, (fn, size, needs))

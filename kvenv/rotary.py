@@ -1,0 +1,65 @@
+"""Rotary position embedding as a function of position, for what must rotate queries elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary embedding of a model (RoPE, arXiv 2104.09864, in the half-split layout of Hugging Face models).
+
+    Attributes
+    ----------
+    inv_freq : Tensor (R/2,)
+        Angular frequencies; the first R of D dimensions are rotated.
+    scaling : float
+        Factor on both cosine and sine (YaRN's attention factor; 1 elsewhere).
+    """
+
+    inv_freq: Tensor
+    scaling: float = 1.0
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Rotary:
+        """Return the rotary embedding of a Hugging Face decoder.
+
+        Raises
+        ------
+        ValueError
+            If the model has none.
+        """
+        for module in model.modules():
+            if hasattr(module, "inv_freq") and hasattr(module, "attention_scaling"):
+                return cls(module.inv_freq.float(), float(module.attention_scaling))
+        raise ValueError(f"model {type(model).__name__} has no rotary position embedding: kvenv needs one")
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate vectors from position 0 to ``positions``.
+
+        Parameters
+        ----------
+        x : Tensor (..., D)
+            Vectors without rotary phase.
+        positions : Tensor, broadcastable to (...,)
+            Where to rotate them to; negative positions rotate back.
+
+        Returns
+        -------
+        Tensor (..., D)
+        """
+        angles = positions[..., None].to(self.inv_freq.dtype) * self.inv_freq
+        cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(x.dtype) * self.scaling
+        sin = torch.cat((angles.sin(), angles.sin()), dim=-1).to(x.dtype) * self.scaling
+        rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        first, second = rotated.chunk(2, dim=-1)
+        return torch.cat((rotated * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate vectors back from ``positions`` to position 0: the inverse of :meth:`rotate`."""
+        rotated = 2 * self.inv_freq.shape[0]
+        turned = self.rotate(x, -positions)
+        return torch.cat((turned[..., :rotated] / self.scaling**2, turned[..., rotated:]), dim=-1)

@@ -1,0 +1,121 @@
+"""What a policy sees of one layer's cache when it ranks pairs for eviction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvenv.rotary import Rotary
+
+STATS = ("max", "min", "sum", "sum8", "sum16", "sum32", "cumulative", "decayed")
+"""The eight attention statistics of ForesightKV, in the order of the last axis of :attr:`LayerState.stats`."""
+
+NEEDS = ("stats", "last_attention", "queries", "query_moments", "future", "expected_future", "noise")
+"""The optional parts of a :class:`LayerState`: a policy names in ``needs`` what it reads, nothing else is computed."""
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """One layer's cache at a decision.
+
+    Shapes: N rows (traces), H KV heads, G query heads per KV head, C slots, D head dimension, W interval. The slot
+    index means nothing; ``positions`` says which token a slot holds.
+
+    Attributes
+    ----------
+    layer : int
+        Index of the layer.
+    keys, values : Tensor (N, H, C, D)
+        Cached pairs; keys carry the rotary phase of their absolute position. Empty slots hold garbage.
+    positions : Tensor (N, H, C) int64
+        Absolute position of each pair, -1 where the slot is empty.
+    mask : Tensor (N, H, C) bool
+        True for candidates: filled and not protected.
+    filled : Tensor (N, H, C) bool
+        True where the slot holds a pair.
+    next_position : Tensor (N,) int64
+        Position of the token that is fed next.
+    prompt_length : Tensor (N,) int64
+        Number of prompt tokens of each trace.
+    budget : Tensor (N,) int64
+        Pairs each head keeps after the eviction.
+    interval : int
+        Tokens decoded between two evictions.
+    stats : Tensor (N, H, G, C, 8) or None
+        Attention statistics, see :data:`STATS`; those of a window come from its own queries.
+    last_attention : Tensor (N, H, G, C) or None
+        Attention probabilities of the newest query.
+    queries : Tensor (N, H, G, W, D) or None
+        The last window's rotated queries; ``query_valid`` (N, W) bool says which columns exist.
+    query_mean, query_cov : Tensor (N, H, G, D) and (N, H, G, D, D), or None
+        Moments of all queries so far, rotated back to position 0; ``rotary`` rotates them anywhere else.
+    future : Tensor (N, H, C) or None
+        Golden utility of each cached pair; exists only where the trace is known.
+    expected_future : Tensor (N, H, C) or None
+        The same, averaged over resampled continuations of the prefix.
+    noise : Tensor (N, H, C) or None
+        Counter-based uniform noise in (0, 1): a function of seed, rollout, layer, head, window and position.
+    """
+
+    layer: int
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    mask: Tensor
+    filled: Tensor
+    next_position: Tensor
+    prompt_length: Tensor
+    budget: Tensor
+    interval: int
+    stats: Tensor | None = None
+    last_attention: Tensor | None = None
+    queries: Tensor | None = None
+    query_valid: Tensor | None = None
+    query_mean: Tensor | None = None
+    query_cov: Tensor | None = None
+    rotary: Rotary | None = None
+    future: Tensor | None = None
+    expected_future: Tensor | None = None
+    noise: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Protection:
+    """Which pairs are never evicted: the same mask for every policy.
+
+    Attributes
+    ----------
+    sinks : int
+        The first tokens of the trace.
+    recent : int
+        The newest tokens.
+    prompt : bool
+        Whether the whole prompt is protected.
+    """
+
+    sinks: int = 4
+    recent: int = 16
+    prompt: bool = False
+
+    def candidates(self, positions: Tensor, next_position: Tensor, prompt_length: Tensor) -> Tensor:
+        """Return which slots hold an evictable pair.
+
+        Parameters
+        ----------
+        positions : Tensor (..., N, H, C) int64
+            Absolute positions, -1 where empty.
+        next_position, prompt_length : Tensor (N,) int64
+            Position of the next token and number of prompt tokens.
+
+        Returns
+        -------
+        Tensor (..., N, H, C) bool
+        """
+        first = prompt_length.clamp(min=self.sinks) if self.prompt else torch.full_like(prompt_length, self.sinks)
+        return (positions >= first[:, None, None]) & (positions < (next_position - self.recent)[:, None, None])
+
+    def size(self, prompt_length: int) -> int:
+        """Return how many pairs are protected at most, for a trace with that prompt."""
+        return max(self.sinks, prompt_length if self.prompt else 0) + self.recent

@@ -1,0 +1,124 @@
+"""What is remembered of queries and their attention: ForesightKV's eight statistics, and query moments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvenv.rotary import Rotary
+from kvenv.state import STATS
+
+DECAY = 0.9
+"""Decay per window of the last statistic (ForesightKV's code)."""
+
+_CUMULATIVE, _DECAYED = STATS.index("cumulative"), STATS.index("decayed")
+
+
+class WindowStatistics:
+    """Attention statistics of every slot, per query head, kept in place.
+
+    Attributes
+    ----------
+    values : Tensor (L, N, H, G, C, 8)
+        In the order of :data:`kvenv.state.STATS`.
+    last : Tensor (L, N, H, G, C)
+        Attention probabilities of the newest query.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], groups: int, dtype: torch.dtype, device: torch.device) -> None:
+        layers, rows, heads, slots = shape
+        self.values = torch.zeros(layers, rows, heads, groups, slots, len(STATS), dtype=dtype, device=device)
+        self.last = torch.zeros(layers, rows, heads, groups, slots, dtype=dtype, device=device)
+
+    def forget(self, layer: int, slots: Tensor) -> None:
+        """Clear the history of slots (N, H, S) that new pairs just took."""
+        history = self.values[layer, ..., _CUMULATIVE:]
+        where = slots[:, :, None, :, None].expand(-1, -1, history.shape[2], -1, history.shape[-1])
+        history.scatter_(3, where, 0.0)
+
+    def add(self, layer: int, probabilities: Tensor, valid: Tensor) -> None:
+        """Take in a window's attention.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the layer.
+        probabilities : Tensor (N, H, G, S, C)
+            Attention of the window's queries over the slots.
+        valid : Tensor (N, S) bool
+            Queries that exist.
+        """
+        seen = valid[:, None, None, :, None]
+        present = valid.any(dim=1)[:, None, None, None]
+        largest = probabilities.masked_fill(~seen, 0.0).amax(dim=3)
+        smallest = probabilities.masked_fill(~seen, 1.0).amin(dim=3) * present
+        age = valid.flip(1).cumsum(dim=1).flip(1)
+        spans = torch.stack([valid, *(valid & (age <= span) for span in (8, 16, 32)), valid & (age == 1)], dim=-1).to(
+            probabilities.dtype
+        )
+        sums = (probabilities.transpose(3, 4) @ spans[:, None, None]).unbind(-1)
+        old = self.values[layer]
+        self.values[layer] = torch.stack(
+            [
+                largest,
+                smallest,
+                *sums[:4],
+                old[..., _CUMULATIVE] + sums[0],
+                torch.where(present, DECAY * old[..., _DECAYED], old[..., _DECAYED]) + sums[0],
+            ],
+            dim=-1,
+        )
+        self.last[layer] = sums[4]
+
+
+class QueryMoments:
+    """Mean and covariance of all queries so far, rotated back to position 0.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (L, N, H, G).
+    head_dim : int
+        D.
+    rotary : Rotary
+        The model's rotary embedding.
+    device : torch.device
+        Where to keep them; float32.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], head_dim: int, rotary: Rotary, device: torch.device) -> None:
+        self.rotary = rotary
+        self.count = torch.zeros(shape[0], shape[1], device=device)
+        self.first = torch.zeros(*shape, head_dim, device=device)
+        self.second = torch.zeros(*shape, head_dim, head_dim, device=device)
+
+    def add(self, layer: int, query: Tensor, positions: Tensor, valid: Tensor) -> None:
+        """Take in queries (N, H, G, S, D) at positions (N, S) where valid (N, S)."""
+        flat = self.rotary.unrotate(query.float(), positions[:, None, None]) * valid[:, None, None, :, None]
+        self.count[layer] += valid.sum(dim=1)
+        self.first[layer] += flat.sum(dim=3)
+        self.second[layer] += flat.transpose(3, 4) @ flat
+
+    def mean(self, layer: int) -> Tensor:
+        """Return the mean (N, H, G, D) of a layer's queries."""
+        return self.first[layer] / self.count[layer].clamp(min=1)[:, None, None, None]
+
+    def covariance(self, layer: int) -> Tensor:
+        """Return the covariance (N, H, G, D, D) of a layer's queries."""
+        mean = self.mean(layer)
+        second = self.second[layer] / self.count[layer].clamp(min=1)[:, None, None, None, None]
+        return second - mean[..., :, None] * mean[..., None, :]
+
+    def row_tensors(self) -> dict[str, tuple[Tensor, int]]:
+        """Return the tensors by name with their row axis."""
+        return {"query_count": (self.count, 1), "query_first": (self.first, 1), "query_second": (self.second, 1)}
+
+
+def newest(x: Tensor, count: int, dim: int) -> Tensor:
+    """Return the last ``count`` entries along a dimension, zeros before them where there are fewer."""
+    have = x.shape[dim]
+    if have >= count:
+        return x.narrow(dim, have - count, count)
+    shape = list(x.shape)
+    shape[dim] = count - have
+    return torch.cat((torch.zeros(shape, dtype=x.dtype, device=x.device), x), dim=dim)
