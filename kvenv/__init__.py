@@ -1,0 +1,81 @@
+"""Learned KV-cache eviction for Hugging Face language models, as a Gymnasium environment.
+
+Importing kvenv registers its environments; PyTorch and transformers are imported when one is made.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+
+from kvenv.registry import register_features, register_model, register_reward, register_traces
+
+if TYPE_CHECKING:
+    from kvenv.cache import EvictingCache
+    from kvenv.env import KVEvictEnv
+    from kvenv.head_view import HeadView
+    from kvenv.models import load_model
+    from kvenv.rollout import rollout
+    from kvenv.state import LayerState
+    from kvenv.traces import Trace, load_traces
+    from kvenv.vector_env import KVEvictVectorEnv
+
+__all__ = [
+    "EvictingCache",
+    "HeadView",
+    "KVEvictEnv",
+    "KVEvictVectorEnv",
+    "LayerState",
+    "Trace",
+    "load_model",
+    "load_traces",
+    "register_features",
+    "register_model",
+    "register_reward",
+    "register_traces",
+    "rollout",
+]
+
+try:
+    __version__ = version("kvenv")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
+
+# Public name -> the module that defines it, imported on first use.
+_LAZY = {
+    "EvictingCache": "kvenv.cache",
+    "HeadView": "kvenv.head_view",
+    "KVEvictEnv": "kvenv.env",
+    "KVEvictVectorEnv": "kvenv.vector_env",
+    "LayerState": "kvenv.state",
+    "Trace": "kvenv.traces",
+    "load_model": "kvenv.models",
+    "load_traces": "kvenv.traces",
+    "rollout": "kvenv.rollout",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+def _register_environments() -> None:
+    """Register the ids once; entry points are strings, so that specs are JSON and nothing heavy is imported."""
+    if "KVEvict-v0" not in gymnasium.registry:
+        gymnasium.register(
+            id="KVEvict-v0",
+            entry_point="kvenv.env:KVEvictEnv",
+            vector_entry_point="kvenv.vector_env:KVEvictVectorEnv",
+        )
+
+
+_register_environments()
