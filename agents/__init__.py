@@ -1,0 +1,113 @@
+"""Policies and learners: what decides which cached pairs go.
+
+``agents.make("h2o")`` returns a built-in policy, ``agents.make("runs/mine")`` a saved one, and after
+``agents.register("mine", factory)`` ``"mine"`` works wherever names work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvenv.registry import Registry
+
+if TYPE_CHECKING:
+    from agents.base import Policy
+
+__all__ = ["make", "names", "register", "register_type"]
+
+__kvenv__ = True
+"""Tells this package from a foreign one of the same name."""
+
+_POLICIES: Registry[Callable[..., Policy]] = Registry("policy")
+_TYPES: Registry[Callable[..., Policy]] = Registry("policy type")
+
+
+def register(name: str, factory: Callable[..., Policy]) -> None:
+    """Make ``factory(**kwargs) -> policy`` usable as policy ``name``.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken.
+    """
+    _POLICIES.register(name, factory)
+
+
+def register_type(name: str, load: Callable[..., Policy]) -> None:
+    """Make directories whose ``policy.json`` has ``"type": name`` loadable by ``load(directory, **kwargs) -> policy``.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken.
+    """
+    _TYPES.register(name, load)
+
+
+def names() -> list[str]:
+    """Return the names :func:`make` knows, built-in ones first."""
+    return _POLICIES.names()
+
+
+def make(name_or_directory: str | os.PathLike[str], **kwargs: Any) -> Policy:
+    """Return a policy.
+
+    Parameters
+    ----------
+    name_or_directory : str or path-like
+        A registered name, or a directory that a learned policy was saved to. A name wins over a directory of the same
+        name; ``./name`` is the directory.
+    **kwargs
+        Passed to the policy's factory or loader.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or the directory's ``policy.json`` is malformed or of an unknown type.
+    FileNotFoundError
+        If the directory has no ``policy.json``.
+    """
+    name = os.fspath(name_or_directory)
+    if name in _POLICIES:
+        return _POLICIES.get(name)(**kwargs)
+    directory = Path(name)
+    if not directory.is_dir():
+        raise ValueError(f"unknown policy {name!r}: known are {', '.join(names())}, or a directory with a policy.json")
+    description = directory / "policy.json"
+    if not description.is_file():
+        raise FileNotFoundError(f"policy directory {name!r} has no policy.json")
+    try:
+        kind = str(json.loads(description.read_text(encoding="utf-8"))["type"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f'{description} is not a policy description: a JSON object with a "type"') from error
+    return _TYPES.get(kind)(directory, **kwargs)
+
+
+def _lazy(module: str, attribute: str) -> Callable[..., Any]:
+    """Return ``module.attribute`` as a callable that imports it when first called."""
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(module), attribute)(*args, **kwargs)
+
+    return build
+
+
+register("random", _lazy("agents.random_eviction", "Random"))
+register("random-prompt", _lazy("agents.random_eviction", "RandomPrompt"))
+register("streaming", _lazy("agents.streaming", "StreamingLLM"))
+register("h2o", _lazy("agents.h2o", "H2O"))
+register("snapkv", _lazy("agents.snapkv", "SnapKV"))
+register("tova", _lazy("agents.tova", "TOVA"))
+register("knorm", _lazy("agents.knorm", "KNorm"))
+register("keydiff", _lazy("agents.keydiff", "KeyDiff"))
+register("lagkv", _lazy("agents.lagkv", "LagKV"))
+register("r-kv", _lazy("agents.rkv", "RKV"))
+register("expected-attention", _lazy("agents.expected_attention", "ExpectedAttention"))
+register("vase", _lazy("agents.vase", "VaSE"))
+register("golden", _lazy("agents.golden", "Golden"))
+register("golden-expected", _lazy("agents.golden", "GoldenExpected"))
