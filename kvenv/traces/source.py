@@ -1,0 +1,122 @@
+"""Traces, sources of traces, and the encoding of words with exact spans."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+CACHED = 512  # traces that a source keeps
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A token sequence to be decoded.
+
+    Attributes
+    ----------
+    tokens : numpy.ndarray
+        Token ids, shape (T,), int64.
+    prompt_length : int
+        How many of the first tokens are the prompt; 0 if there is none.
+    answers : tuple of (int, int)
+        Token spans [start, stop) of the answers, in order.
+    name : str
+        Where it comes from, e.g. ``"recall/test/17"``.
+    """
+
+    tokens: np.ndarray
+    prompt_length: int
+    answers: tuple[tuple[int, int], ...]
+    name: str
+
+
+class TraceSource(ABC):
+    """Traces by id. ``size`` is how many there are, None for an endless source (whose ``len`` raises TypeError).
+
+    ``source[trace_id]`` always gives the same trace; the newest ones are kept.
+    """
+
+    size: int | None
+
+    def __init__(self, name: str, split: str) -> None:
+        self.name = name
+        self.split = split
+        self._cache: OrderedDict[int, Trace] = OrderedDict()
+
+    @property
+    @abstractmethod
+    def max_prompt_length(self) -> int:
+        """The longest prompt of the split, in tokens."""
+
+    @abstractmethod
+    def make(self, trace_id: int) -> Trace:
+        """Build a trace; ``source[trace_id]`` is this behind a cache."""
+
+    def __len__(self) -> int:
+        if self.size is None:
+            raise TypeError(f"traces {self.name!r} are endless and have no length")
+        return self.size
+
+    def __getitem__(self, trace_id: int) -> Trace:
+        trace_id = int(trace_id)
+        if trace_id < 0 or (self.size is not None and trace_id >= self.size):
+            known = "0 and more" if self.size is None else f"0 to {self.size - 1}"
+            raise IndexError(f"trace {trace_id} of {self.name!r} ({self.split}) does not exist: there are {known}")
+        if trace_id in self._cache:
+            self._cache.move_to_end(trace_id)
+            return self._cache[trace_id]
+        trace = self._cache[trace_id] = self.make(trace_id)
+        if len(self._cache) > CACHED:
+            self._cache.popitem(last=False)
+        return trace
+
+    def continuations(self, trace_id: int, cut: int, count: int) -> list[Trace]:
+        """Return ``count`` traces that share the first ``cut`` tokens of a trace; only families can.
+
+        Raises
+        ------
+        ValueError
+            If this source is not a family.
+        """
+        raise ValueError(f"traces {self.name!r} cannot be continued in other ways: only the trace families can")
+
+
+class Encoder:
+    """Encodes text word by word, so that the span of every word is exact with any tokenizer.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        Byte-level tokenizers get a space before every word but the first, as they saw in running text; tokenizers that mark
+        word starts themselves get none. ``start`` is the tokenizer's BOS token, if it has one.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        twice = self._encode("the the")
+        self._space = "" if twice == self._encode("the") * 2 else " "
+        self._words: dict[str, list[int]] = {}
+        self._first: dict[str, list[int]] = {}
+        self.start: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def word(self, word: str, first: bool = False) -> list[int]:
+        """Return the ids of a word; ``first`` says that no text comes before it."""
+        table, text = (self._first, word) if first else (self._words, self._space + word)
+        if word not in table:
+            table[word] = self._encode(text)
+        return table[word]
+
+    def part(self, text: str) -> list[int]:
+        """Return the ids of a text that follows another one."""
+        return self._encode(text) if text else []
+
+    def text(self, text: str) -> list[int]:
+        """Return the ids of a text of any kind, BOS first."""
+        return self.start + self._encode(text)

@@ -1,0 +1,220 @@
+"""Traces that users bring: text files, JSON lines, datasets and registered functions.
+
+None of these has splits of its own except a dataset: a file or function gives every split the same traces (a function is
+told the split), so keep a second file for tests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvenv.traces.source import Encoder, Trace, TraceSource
+
+FORMS = ("input_ids", "text", "prompt")  # what a record holds: exactly one of these
+
+
+class ListSource(TraceSource):
+    """Traces that are all there from the start."""
+
+    def __init__(self, name: str, split: str, traces: list[Trace]) -> None:
+        super().__init__(name, split)
+        self.traces = traces
+        self.size = len(traces)
+
+    @property
+    def max_prompt_length(self) -> int:
+        """The longest prompt of the split, in tokens."""
+        return max(trace.prompt_length for trace in self.traces)
+
+    def make(self, trace_id: int) -> Trace:
+        return self.traces[trace_id]
+
+
+class FunctionSource(TraceSource):
+    """Endless traces from a function given to :func:`kvenv.register_traces`."""
+
+    size = None
+
+    def __init__(self, name: str, split: str, function: Callable[..., Trace], **arguments: Any) -> None:
+        super().__init__(name, split)
+        self.function = function
+        self.arguments = arguments
+
+    @property
+    def max_prompt_length(self) -> int:
+        """The longest prompt among the first 32 traces, in tokens."""
+        return max(self[trace_id].prompt_length for trace_id in range(32))
+
+    def make(self, trace_id: int) -> Trace:
+        trace = self.function(trace_id, split=self.split, **self.arguments)
+        if not isinstance(trace, Trace):
+            raise ValueError(f"traces {self.name!r} returned {type(trace).__name__} for trace {trace_id}: return a kvenv.Trace")
+        return trace
+
+
+def _prompt(length: int, schedule: str) -> int:
+    # Text without a prompt: under "prefill" its first half is one.
+    return length // 2 if schedule == "prefill" else 0
+
+
+def read_text(path: Path, *, split: str, tokenizer: Any, trace_length: int, schedule: str) -> ListSource:
+    """Cut a text file into consecutive traces of ``trace_length`` tokens, each with BOS in front.
+
+    A shorter rest is dropped, unless it is all there is.
+
+    Raises
+    ------
+    ValueError
+        If the file is empty.
+    """
+    encoder = Encoder(tokenizer)
+    ids = encoder.text(path.read_text(encoding="utf-8"))[len(encoder.start) :]
+    if not ids:
+        raise ValueError(f"traces {str(path)!r}: the file holds no text")
+    size = trace_length - len(encoder.start)
+    pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
+    if len(pieces) > 1 and len(pieces[-1]) < size:
+        pieces.pop()
+    traces = []
+    for number, piece in enumerate(pieces):
+        tokens = np.array(encoder.start + piece, dtype=np.int64)
+        traces.append(Trace(tokens, _prompt(len(tokens), schedule), (), f"{path.name}/{number}"))
+    return ListSource(str(path), split, traces)
+
+
+def read_jsonl(path: Path, *, split: str, tokenizer: Any, trace_length: int, schedule: str) -> ListSource:
+    """Read one trace per line: ``input_ids``, ``text``, or ``prompt`` and ``response`` (and ``answer``).
+
+    Traces are cut to ``trace_length`` tokens; blank lines are skipped.
+
+    Raises
+    ------
+    ValueError
+        If a line is malformed; the message names file and line.
+    """
+    encoder = Encoder(tokenizer)
+    traces = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
+        traces.append(trace_from_record(record, encoder, trace_length, schedule, place))
+    if not traces:
+        raise ValueError(f"traces {str(path)!r}: the file holds no trace")
+    return ListSource(str(path), split, traces)
+
+
+def read_dataset(name: str, *, split: str, tokenizer: Any, trace_length: int, schedule: str) -> ListSource:
+    """Read the records of a Hugging Face dataset's split as :func:`read_jsonl` reads lines.
+
+    Raises
+    ------
+    ValueError
+        If the optional package is missing, the split cannot be loaded, or a record is malformed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"traces 'hf:{name}' need the optional package datasets: pip install 'kvenv[datasets]'"
+        ) from error
+    try:
+        records: Iterable[Any] = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library raises many kinds; all of them mean that this name or split is not there
+        raise ValueError(f"traces 'hf:{name}' split {split!r} cannot be loaded: {error}") from error
+    encoder = Encoder(tokenizer)
+    traces = [
+        trace_from_record(
+            {key: value for key, value in record.items() if key in (*FORMS, "response", "answer") and value is not None},
+            encoder,
+            trace_length,
+            schedule,
+            f"hf:{name}/{split}:{number}",
+        )
+        for number, record in enumerate(records, start=1)
+    ]
+    if not traces:
+        raise ValueError(f"traces 'hf:{name}' split {split!r} hold no record")
+    return ListSource(f"hf:{name}", split, traces)
+
+
+def trace_from_record(record: Any, encoder: Encoder, trace_length: int, schedule: str, place: str) -> Trace:
+    """Make a trace of one record.
+
+    Parameters
+    ----------
+    record : dict
+        Exactly one of ``input_ids`` (list of int), ``text`` (str), ``prompt`` with ``response`` (both str; ``answer``, a str,
+        is marked where it occurs last in the response).
+    encoder : Encoder
+        Encodes the text.
+    trace_length : int
+        Longer traces are cut to this many tokens.
+    schedule : str
+        Under ``"prefill"`` a record without a prompt gets its first half as one.
+    place : str
+        File and line, as errors name them; also the name of the trace.
+
+    Raises
+    ------
+    ValueError
+        If the record is malformed.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"{place}: {type(record).__name__} where an object was expected")
+    forms = [form for form in FORMS if form in record]
+    if len(forms) != 1:
+        found = " and ".join(forms) or "none"
+        raise ValueError(f"{place}: {found} given: give exactly one of input_ids, text, prompt (with response)")
+    if forms == ["input_ids"]:
+        ids = record["input_ids"]
+        if not isinstance(ids, list) or not ids or any(type(i) is not int or i < 0 for i in ids):
+            raise ValueError(f"{place}: input_ids must be a list of token ids (integers >= 0)")
+        trace = Trace(np.array(ids, dtype=np.int64), _prompt(min(len(ids), trace_length), schedule), (), place)
+    elif forms == ["text"]:
+        ids = encoder.text(_string(record, "text", place))
+        trace = Trace(np.array(ids, dtype=np.int64), _prompt(min(len(ids), trace_length), schedule), (), place)
+    else:
+        trace = _prompt_and_response(record, encoder, place)
+    if trace.prompt_length >= trace_length:
+        raise ValueError(f"{place}: the prompt has {trace.prompt_length} tokens: choose trace_length above that, not {trace_length}")
+    answers = tuple(span for span in trace.answers if span[1] <= trace_length)
+    return replace(trace, tokens=trace.tokens[:trace_length], answers=answers)
+
+
+def _string(record: dict[str, Any], key: str, place: str) -> str:
+    if not isinstance(record.get(key), str) or not record[key]:
+        raise ValueError(f"{place}: {key} must be a string that is not empty")
+    return record[key]
+
+
+def _prompt_and_response(record: dict[str, Any], encoder: Encoder, place: str) -> Trace:
+    prompt, response = _string(record, "prompt", place), _string(record, "response", place)
+    ids = encoder.text(prompt)
+    prompt_length = len(ids)
+    answers: tuple[tuple[int, int], ...] = ()
+    if "answer" in record:
+        answer = _string(record, "answer", place)
+        begin = response.rfind(answer)
+        if begin < 0:
+            raise ValueError(f"{place}: answer {answer!r} does not occur in the response")
+        # Encoded in three parts, so that the span is exact; a space before the answer belongs to its first token.
+        begin -= begin > 0 and response[begin - 1] == " "
+        end = response.rfind(answer) + len(answer)
+        parts = [encoder.part(part) for part in (response[:begin], response[begin:end], response[end:])]
+        start = prompt_length + len(parts[0])
+        answers = ((start, start + len(parts[1])),)
+        ids = ids + parts[0] + parts[1] + parts[2]
+    else:
+        ids = ids + encoder.part(response)
+    return Trace(np.array(ids, dtype=np.int64), prompt_length, answers, place)
