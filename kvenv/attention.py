@@ -1,8 +1,8 @@
 """kvenv's attention as Hugging Face models call it: a registered attention function and a registered mask function.
 
 A model switched to it (:func:`use_kvenv_attention`) behaves as with SDPA until a :class:`HandedCache` is passed as
-``past_key_values``. The attention function doesn't receive the cache, so ``Cache.update`` hands (cache, layer, new keys)
-over and the function takes and clears it; nothing is kept on modules.
+``past_key_values``. The attention function doesn't receive the cache, so ``Cache.update`` hands (cache, layer, new
+keys) over and the function takes and clears it; nothing is kept on modules.
 """
 
 from __future__ import annotations
@@ -38,6 +38,19 @@ class HandedCache(Cache):
         self.groups: int = config.num_attention_heads // config.num_key_value_heads
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.seen = 0
+        self._fed: tuple[Tensor, Tensor] | None = None
+
+    def expect(self, positions: Tensor, valid: Tensor) -> None:
+        """Say what the next forward call feeds.
+
+        Parameters
+        ----------
+        positions : Tensor (N, S) int64
+            Absolute positions, rising by one along a row; columns that aren't valid may go below 0 or past the end.
+        valid : Tensor (N, S) bool
+            False for padding, which takes no slot that counts and changes nothing.
+        """
+        self._fed = (positions, valid)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, padding: Tensor | None
@@ -87,6 +100,14 @@ class HandedCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Return -1: any number of tokens can be seen."""
         return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refuse beam search: rows have histories of their own."""
+        raise ValueError("beam search isn't supported with a kvenv cache: generate with num_beams=1")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse assisted decoding: evicted pairs don't come back."""
+        raise ValueError("assisted decoding isn't supported with a kvenv cache: generate without an assistant")
 
     def __len__(self) -> int:
         return self.num_layers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +20,10 @@ from kvenv.statistics import QueryMoments, WindowStatistics, newest
 
 if TYPE_CHECKING:
     from kvenv.golden import FutureAttention
+
+
+_SLOT_AXIS = {"keys": 3, "values": 3, "positions": 3, "stats": 4, "last_attention": 4}
+"""Axis of the slots in those of :meth:`EvictingCache.row_tensors` that have one."""
 
 
 class EvictingCache(HandedCache):
@@ -48,6 +54,8 @@ class EvictingCache(HandedCache):
         Maps a LayerState to priorities (N, H, C); decides at every window from ``first_decision`` on.
     first_decision : int
         Column of a call at which the first eviction is due (rollouts only).
+    last_decision : int, optional
+        Column of a call after which no eviction is due any more (rollouts only).
     seed : int
         Seed of the noise.
 
@@ -69,6 +77,7 @@ class EvictingCache(HandedCache):
         protection: Protection | None = None,
         policy: Callable[[LayerState], Tensor] | None = None,
         first_decision: int = 0,
+        last_decision: float = math.inf,
         seed: int = 0,
     ) -> None:
         super().__init__(model)
@@ -77,7 +86,8 @@ class EvictingCache(HandedCache):
             raise ValueError(f"needs names unknown {sorted(unknown)}: known are {', '.join(NEEDS)}")
         self.capacity, self.interval, self.needs = capacity, interval, frozenset(needs)
         self.protection = protection or Protection()
-        self.policy, self.first_decision, self.seed = policy, first_decision, seed
+        self.policy = policy
+        self.first_decision, self.last_decision = first_decision, last_decision
         device = model.device
         shape = (self.num_layers, rows, self.kv_heads, capacity)
         self.keys = torch.zeros(*shape, self.head_dim, dtype=model.dtype, device=device)
@@ -87,13 +97,15 @@ class EvictingCache(HandedCache):
         self.prompt_length = torch.zeros_like(self.next_position)
         self.budget = torch.as_tensor(budget, dtype=torch.int64, device=device).expand(rows).clone()
         self.rollout = torch.arange(rows, device=device)
+        self.seed = torch.full((rows,), seed, dtype=torch.int64, device=device)
+        precise = torch.promote_types(model.dtype, torch.float32)
         self.statistics = (
-            WindowStatistics(shape, self.groups, torch.promote_types(model.dtype, torch.float32), device)
-            if {"stats", "last_attention"} & self.needs
-            else None
+            WindowStatistics(shape, self.groups, precise, device) if {"stats", "last_attention"} & self.needs else None
         )
         self.moments = (
-            QueryMoments((self.num_layers, rows, self.kv_heads, self.groups), self.head_dim, Rotary.of(model), device)
+            QueryMoments(
+                (self.num_layers, rows, self.kv_heads, self.groups), self.head_dim, Rotary.of(model), precise, device
+            )
             if "query_moments" in self.needs
             else None
         )
@@ -104,30 +116,19 @@ class EvictingCache(HandedCache):
         self.future: FutureAttention | None = None
         self.expected_future: FutureAttention | None = None
         self.on_eviction: Callable[[LayerState, Tensor, Tensor], None] | None = None
-        self._fed: tuple[Tensor, Tensor] | None = None
-
-    def expect(self, positions: Tensor, valid: Tensor) -> None:
-        """Say what the next forward call feeds.
-
-        Parameters
-        ----------
-        positions : Tensor (N, S) int64
-            Absolute positions, rising by one along a row; columns that aren't valid may go below 0 or past the end.
-        valid : Tensor (N, S) bool
-            False for padding, which takes no slot that counts and changes nothing.
-        """
-        self._fed = (positions, valid)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, padding: Tensor | None
     ) -> Tensor:
         """Walk the windows of this call: evict where due, cache the window's pairs, attend."""
+        if query.shape[0] != self.positions.shape[1]:
+            raise ValueError(f"the cache has {self.positions.shape[1]} rows, not the batch's {query.shape[0]}")
         positions, valid = self._expected(query, padding)
         query = query.unflatten(1, (self.kv_heads, self.groups))
         outputs = []
         for start, stop in self._blocks(query.shape[3]):
             block_positions, block_valid = positions[:, start:stop], valid[:, start:stop]
-            if self.policy is not None and start >= self.first_decision:
+            if self.policy is not None and self.first_decision <= start <= self.last_decision:
                 self._decide(layer, block_positions[:, 0], block_valid.any(dim=1))
             self._insert(layer, key[:, :, start:stop], value[:, :, start:stop], block_positions, block_valid)
             outputs.append(self._attend(layer, query[:, :, :, start:stop], block_positions, block_valid, scaling))
@@ -137,7 +138,9 @@ class EvictingCache(HandedCache):
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
         return output.flatten(1, 2)
 
-    def layer_state(self, layer: int, next_position: Tensor | None = None) -> LayerState:
+    def layer_state(
+        self, layer: int, next_position: Tensor | None = None, needs: Collection[str] | None = None
+    ) -> LayerState:
         """Return what a policy sees of a layer now.
 
         Parameters
@@ -146,9 +149,13 @@ class EvictingCache(HandedCache):
             Index of the layer.
         next_position : Tensor (N,) int64, optional
             Position of the token fed next, where a walk inside a call is ahead of the cache's own count.
+        needs : collection of str, optional
+            Optional parts to fill in, of those that are kept up to date; all of them if not given.
         """
+        wanted = self.needs if needs is None else needs
         upcoming = self.next_position if next_position is None else next_position
         positions = self.positions[layer]
+        moments = self.moments if "query_moments" in wanted else None
         state = LayerState(
             layer=layer,
             keys=self.keys[layer],
@@ -160,16 +167,16 @@ class EvictingCache(HandedCache):
             prompt_length=self.prompt_length,
             budget=self.budget,
             interval=self.interval,
-            stats=self.statistics.values[layer] if self.statistics and "stats" in self.needs else None,
-            last_attention=self.statistics.last[layer] if self.statistics and "last_attention" in self.needs else None,
-            queries=self.queries[layer] if "queries" in self.needs else None,
-            query_valid=self.query_valid if "queries" in self.needs else None,
-            query_mean=self.moments.mean(layer) if self.moments else None,
-            query_cov=self.moments.covariance(layer) if self.moments else None,
-            rotary=self.moments.rotary if self.moments else None,
+            stats=self.statistics.values[layer] if self.statistics and "stats" in wanted else None,
+            last_attention=self.statistics.last[layer] if self.statistics and "last_attention" in wanted else None,
+            queries=self.queries[layer] if "queries" in wanted else None,
+            query_valid=self.query_valid if "queries" in wanted else None,
+            query_mean=moments.mean(layer) if moments else None,
+            query_cov=moments.covariance(layer) if moments else None,
+            rotary=moments.rotary if moments else None,
             future=self.future.at(layer, positions, upcoming) if self.future else None,
             expected_future=self.expected_future.at(layer, positions, upcoming) if self.expected_future else None,
-            noise=self._noise(layer, positions, upcoming) if "noise" in self.needs else None,
+            noise=self._noise(layer, positions, upcoming) if "noise" in wanted else None,
         )
         return state
 
@@ -207,6 +214,7 @@ class EvictingCache(HandedCache):
             "prompt_length": (self.prompt_length, 0),
             "budget": (self.budget, 0),
             "rollout": (self.rollout, 0),
+            "seed": (self.seed, 0),
         }
         if self.statistics:
             tensors |= {"stats": (self.statistics.values, 1), "last_attention": (self.statistics.last, 1)}
@@ -217,9 +225,13 @@ class EvictingCache(HandedCache):
         return tensors
 
     def copy_rows(self, rows: Tensor, source: EvictingCache) -> None:
-        """Overwrite rows by those of another cache with the same slots: row ``rows[i]`` becomes ``source``'s row i."""
+        """Overwrite rows by those of another cache, which may have fewer slots: row ``rows[i]`` becomes its row i."""
+        self.positions.index_fill_(1, rows, -1)
+        given = source.row_tensors()
         for name, (target, axis) in self.row_tensors().items():
-            target.index_copy_(axis, rows, source.row_tensors()[name][0])
+            if name in _SLOT_AXIS:
+                target = target.narrow(_SLOT_AXIS[name], 0, source.capacity)
+            target.index_copy_(axis, rows, given[name][0])
 
     def _expected(self, query: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return positions and validity of the columns of this call; generate doesn't announce them."""
@@ -244,7 +256,7 @@ class EvictingCache(HandedCache):
             return [(0, columns)]
         prefix = 0 if self.statistics is not None else self.first_decision
         cuts = sorted({0, *range(prefix, columns, self.interval), columns})
-        return list(zip(cuts, cuts[1:], strict=False))
+        return list(pairwise(cuts))
 
     def _decide(self, layer: int, next_position: Tensor, active: Tensor) -> None:
         """Let the policy rank one layer's candidates and evict."""
@@ -297,4 +309,5 @@ class EvictingCache(HandedCache):
         """Uniform noise (N, H, C) of the decision before ``next_position``."""
         window = torch.div(next_position - self.budget, self.interval, rounding_mode="floor")
         heads = torch.arange(self.kv_heads, device=positions.device)[None, :, None]
-        return noise.uniform(self.seed, self.rollout[:, None, None], layer, heads, window[:, None, None], positions)
+        seed, rollout, window = (x[:, None, None] for x in (self.seed, self.rollout, window))
+        return noise.uniform(seed, rollout, layer, heads, window, positions)

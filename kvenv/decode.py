@@ -63,9 +63,9 @@ class Batch:
     prompt_length: Tensor
 
     def by_position(self, x: Tensor, length: int) -> Tensor:
-        """Return per-column values (N, S) as per-target values (N, length): entry t - 1 belongs to target t."""
+        """Return per-column values (N, S) as per-target values (N, length), zero beyond: entry t - 1 is of target t."""
         where = torch.arange(length, device=x.device) + self.pad[:, None]
-        return x.gather(1, where.clamp(max=x.shape[1] - 1))
+        return x.gather(1, where.clamp(max=x.shape[1] - 1)) * (where < x.shape[1])
 
 
 def collate(
@@ -142,11 +142,16 @@ def feed(
     Losses
         Of the S targets.
     """
+    return score(model, read(model, cache, tokens, positions, valid), targets, valid)
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, cache: HandedCache, tokens: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+    """Feed tokens into the cache without scoring; return the last hidden states (N, S, width)."""
     cache.expect(positions, valid)
-    hidden = model.base_model(
+    return model.base_model(
         input_ids=tokens, position_ids=positions.clamp(min=0), past_key_values=cache, use_cache=True
     ).last_hidden_state
-    return score(model, hidden, targets, valid)
 
 
 def score(model: PreTrainedModel, hidden: Tensor, targets: Tensor, valid: Tensor) -> Losses:
@@ -161,3 +166,25 @@ def score(model: PreTrainedModel, hidden: Tensor, targets: Tensor, valid: Tensor
         parts.append((nll, -(logp.exp() * logp).sum(dim=-1), logp.argmax(dim=-1) == target))
     nll, entropy, correct = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return Losses(nll * valid, entropy * valid, correct & valid)
+
+
+@torch.no_grad()
+def full_cache_losses(model: PreTrainedModel, traces: Sequence[np.ndarray]) -> Losses:
+    """Return the losses of traces under the plain model, without eviction.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal LM.
+    traces : sequence of array (T_n,)
+        Token ids.
+
+    Returns
+    -------
+    Losses
+        Per target: entry t - 1 belongs to target t; (N, T - 1) with T the longest trace, zero beyond a trace's end.
+    """
+    batch = collate(traces, device=model.device)
+    # Padding is at the end, where the causal mask hides it.
+    hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+    return score(model, hidden, batch.targets, batch.valid)

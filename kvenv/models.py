@@ -63,8 +63,8 @@ class LoadedModel:
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if rope.get("rope_type") in ("dynamic", "longrope") and tokens > original:
             raise ValueError(
-                f"model {self.name!r} rescales its rotary phases beyond {original} tokens, which would turn cached keys "
-                f"stale: trace_length {tokens} must not exceed it"
+                f"model {self.name!r} rescales its rotary phases beyond {original} tokens, which would turn cached "
+                f"keys stale: trace_length {tokens} must not exceed it"
             )
 
 
@@ -125,7 +125,7 @@ def _load(name: str, dtype: str, device: str, revision: str | None, trust_remote
         model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **options)
     except OSError as error:
         raise ValueError(f"model {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
-    return _prepare(name, model.to(device), tokenizer)
+    return _prepare(name, model.to(device), tokenizer)  # type: ignore[arg-type]  # the method is decorated
 
 
 def _resolve(name: str) -> str:
@@ -164,14 +164,24 @@ def refuse_unsupported(name: str, config: PretrainedConfig) -> None:
     reasons = {
         "it is an encoder-decoder": getattr(config, "is_encoder_decoder", False),
         "its latent attention (MLA) caches no per-head keys": getattr(text, "kv_lora_rank", None),
-        "it has linear-attention or state-space layers": {"linear_attention", "mamba", "conv", "recurrent"}
-        & set(getattr(text, "layer_types", None) or ()),
-        "its logits are soft-capped": getattr(text, "attn_logit_softcapping", None),
+        "it has linear-attention, state-space or other special layers": _layer_types(text)
+        - {"full_attention", "sliding_attention", "attention"},
+        "its logits are soft-capped": getattr(text, "attn_logit_softcapping", None)
+        or getattr(text, "final_logit_softcapping", None),
+        "its logits are scaled after the head": {
+            getattr(text, factor, None) for factor in ("logit_scale", "logits_scaling", "lm_head_multiplier")
+        }
+        - {None, 1},
         "it has no rotary position embedding": not getattr(text, "rope_parameters", None),
     }
     for reason, applies in reasons.items():
         if applies:
             raise ValueError(f"model {name!r} ({config.model_type}) is not supported: {reason}")
+
+
+def _layer_types(config: PretrainedConfig) -> set[str]:
+    """Return the kinds of layers that a configuration names."""
+    return set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
 
 
 def _sliding_window(config: PretrainedConfig) -> int | None:

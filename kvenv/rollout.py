@@ -6,6 +6,7 @@ projections and MLP at once. Exact for any policy that looks at its own layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +20,7 @@ from kvenv.decode import Losses, collate, feed
 from kvenv.golden import FutureAttention
 from kvenv.ranking import eviction_order
 from kvenv.state import LayerState, Protection
-from kvenv.traces import Trace
+from kvenv.traces import SCHEDULES, Trace
 
 
 class Policy(Protocol):
@@ -42,7 +43,7 @@ class Rollout:
     losses : Losses
         Per target: entry t - 1 belongs to target t; (N, T - 1) with T the longest trace, zero beyond a trace's end.
     agreement : Tensor (N,) or None
-        Share of evicted pairs that golden would have evicted from the same state, mean over decisions, layers and heads.
+        Share of evicted pairs that golden would have evicted from the same state, over decisions, layers and heads.
     """
 
     losses: Losses
@@ -78,8 +79,11 @@ def check_budget(budget: int, protection: Protection, trace: Trace, interval: in
     Raises
     ------
     ValueError
-        If the protected pairs don't fit in the budget.
+        If budget or interval are below 1, or the protected pairs don't fit in the budget.
     """
+    for name, value in (("budget", budget), ("interval", interval)):
+        if value < 1:
+            raise ValueError(f"{name} {value} is impossible: it must be at least 1")
     protected = protection.size(trace.prompt_length)
     if budget < protected:
         raise ValueError(
@@ -90,6 +94,24 @@ def check_budget(budget: int, protection: Protection, trace: Trace, interval: in
         )
 
 
+def first_decisions(traces: Sequence[Trace], *, budget: int, interval: int, schedule: str = "periodic") -> list[int]:
+    """Return the position before which each trace's first decision falls: B + W, or the end of its prompt.
+
+    Raises
+    ------
+    ValueError
+        If the schedule is unknown, or there is no prompt to be evicted from.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}: known are {', '.join(SCHEDULES)}")
+    if schedule == "periodic":
+        return [budget + interval] * len(traces)
+    for trace in traces:
+        if not trace.prompt_length:
+            raise ValueError(f"trace {trace.name!r} has no prompt: schedule 'prefill' evicts from the prompt only")
+    return [trace.prompt_length for trace in traces]
+
+
 def rollout(
     policy: Policy,
     traces: Sequence[Trace],
@@ -97,6 +119,7 @@ def rollout(
     model: PreTrainedModel,
     budget: int,
     interval: int,
+    schedule: str = "periodic",
     protection: Protection | None = None,
     future: FutureAttention | None = None,
     expected_future: FutureAttention | None = None,
@@ -117,8 +140,10 @@ def rollout(
         A causal LM on kvenv's attention (:func:`kvenv.load_model`).
     budget, interval : int
         B and W: a decision falls due when B + W pairs are cached.
+    schedule : {"periodic", "prefill"}
+        Under ``prefill`` there is one decision, at the end of each trace's prompt; the rest is never evicted.
     protection : Protection, optional
-        Pairs never evicted.
+        Pairs never evicted; if not given, the first 4 and the newest W.
     future, expected_future : FutureAttention, optional
         For policies that need them, and for ``agreement``.
     agreement : bool
@@ -139,30 +164,34 @@ def rollout(
     ValueError
         If a budget is impossible or a policy's need is missing.
     """
-    protection = protection or Protection()
+    protection = protection or Protection(recent=interval)
     for trace in traces:
         check_budget(budget, protection, trace, interval)
     for need, given in (("future", future), ("expected_future", expected_future)):
         if need in policy.needs and given is None:
             raise ValueError(f"policy {policy.name!r} needs {need}: pass {need}=")
-    capacity = budget + interval
+    if agreement and future is None:
+        raise ValueError("agreement compares with golden, which needs the future: pass future=")
+    anchors = first_decisions(traces, budget=budget, interval=interval, schedule=schedule)
+    first_decision = max(anchors) + -max(anchors) % interval
     batch = collate(
         [trace.tokens for trace in traces],
         prompt_lengths=[trace.prompt_length for trace in traces],
-        anchors=capacity,
+        anchors=anchors,
         interval=interval,
         device=model.device,
     )
     cache = EvictingCache(
         model,
         rows=len(traces),
-        capacity=capacity,
+        capacity=budget + interval if schedule == "periodic" else batch.tokens.shape[1],
         interval=interval,
         budget=budget,
         needs=policy.needs,
         protection=protection,
         policy=policy,
-        first_decision=capacity + int(-capacity % interval),
+        first_decision=first_decision,
+        last_decision=math.inf if schedule == "periodic" else first_decision,
         seed=seed,
     )
     cache.prompt_length = batch.prompt_length
@@ -171,7 +200,12 @@ def rollout(
     cache.future, cache.expected_future = future, expected_future
     counter = Agreement(len(traces), model.device) if agreement else None
     hooks = [hook for hook in (counter, on_eviction) if hook is not None]
-    cache.on_eviction = (lambda *decision: [hook(*decision) for hook in hooks] and None) if hooks else None
+
+    def tell_hooks(state: LayerState, order: Tensor, count: Tensor) -> None:
+        for hook in hooks:
+            hook(state, order, count)
+
+    cache.on_eviction = tell_hooks if hooks else None
     losses = feed(model, cache, batch.tokens, batch.targets, batch.positions, batch.valid)
     length = max(len(trace.tokens) for trace in traces) - 1
     aligned = Losses(*(batch.by_position(x, length) for x in (losses.nll, losses.entropy, losses.correct)))

@@ -33,8 +33,9 @@ class Rotary:
             If the model has none.
         """
         for module in model.modules():
-            if hasattr(module, "inv_freq") and hasattr(module, "attention_scaling"):
-                return cls(module.inv_freq.float(), float(module.attention_scaling))
+            inv_freq, scaling = getattr(module, "inv_freq", None), getattr(module, "attention_scaling", None)
+            if isinstance(inv_freq, Tensor) and isinstance(scaling, int | float):
+                return cls(inv_freq.float(), float(scaling))
         raise ValueError(f"model {type(model).__name__} has no rotary position embedding: kvenv needs one")
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:

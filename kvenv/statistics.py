@@ -82,19 +82,30 @@ class QueryMoments:
         D.
     rotary : Rotary
         The model's rotary embedding.
+    dtype : torch.dtype
+        At least float32.
     device : torch.device
-        Where to keep them; float32.
+        Where to keep them.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], head_dim: int, rotary: Rotary, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        head_dim: int,
+        rotary: Rotary,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.rotary = rotary
-        self.count = torch.zeros(shape[0], shape[1], device=device)
-        self.first = torch.zeros(*shape, head_dim, device=device)
-        self.second = torch.zeros(*shape, head_dim, head_dim, device=device)
+        self.count = torch.zeros(shape[0], shape[1], dtype=dtype, device=device)
+        self.first = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+        self.second = torch.zeros(*shape, head_dim, head_dim, dtype=dtype, device=device)
 
     def add(self, layer: int, query: Tensor, positions: Tensor, valid: Tensor) -> None:
         """Take in queries (N, H, G, S, D) at positions (N, S) where valid (N, S)."""
-        flat = self.rotary.unrotate(query.float(), positions[:, None, None]) * valid[:, None, None, :, None]
+        flat = (
+            self.rotary.unrotate(query.to(self.first.dtype), positions[:, None, None]) * valid[:, None, None, :, None]
+        )
         self.count[layer] += valid.sum(dim=1)
         self.first[layer] += flat.sum(dim=3)
         self.second[layer] += flat.transpose(3, 4) @ flat
