@@ -1,0 +1,134 @@
+"""Figures, drawn without a display and written atomically."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from experiments.comparison import Cell
+from experiments.story import DISAGREES, NOTABLE, Story
+from kvenv.files import write_atomic
+
+MARKED = {
+    "full": ("black", ":"),
+    "golden": ("goldenrod", "--"),
+    "golden-expected": ("darkorange", "--"),
+    "random": ("grey", "--"),
+}
+"""Colour and line of the policies that frame every comparison."""
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    data = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(data)
+    write_atomic(path, data.getvalue())
+
+
+def plot_losses(cells: Sequence[Cell], path: Path) -> None:
+    """Draw answer loss against budget, one panel per family, with 95 % intervals (LM loss where nothing is answered).
+
+    Parameters
+    ----------
+    cells : sequence of Cell
+        From :meth:`experiments.comparison.Comparison.cells`.
+    path : Path
+        The PNG.
+    """
+    families = list(dict.fromkeys(cell.family for cell in cells))
+    figure = Figure(figsize=(4.5 * len(families) + 1.5, 4.5), layout="constrained")
+    for number, family in enumerate(families, start=1):
+        here = [cell for cell in cells if cell.family == family]
+        metric = "answer_loss" if all("answer_loss" in cell.estimates for cell in here) else "lm_loss"
+        axes = figure.add_subplot(1, len(families), number)
+        for policy in dict.fromkeys(cell.policy for cell in here):
+            points = sorted((c.budget, c.estimates[metric]) for c in here if c.policy == policy)
+            budgets, means = [budget for budget, _ in points], [estimate.mean for _, estimate in points]
+            colour, line = MARKED.get(policy, (None, "-"))
+            (drawn,) = axes.plot(budgets, means, line, marker="o", markersize=3, color=colour, label=policy)
+            lows, highs = [e.low for _, e in points], [e.high for _, e in points]
+            axes.fill_between(budgets, lows, highs, color=drawn.get_color(), alpha=0.15, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({cell.budget for cell in here}))
+        axes.get_xaxis().set_major_formatter("{x:.0f}")
+        axes.set(title=family, xlabel="budget (pairs per head)", ylabel=f"{metric.replace('_', ' ')} (nats)")
+    figure.legend(*axes.get_legend_handles_labels(), fontsize="small", loc="outside right upper")
+    save(figure, path)
+
+
+def plot_story(story: Story, title: str, path: Path) -> None:
+    """Draw what is kept at every decision, where golden disagrees, and the loss of every token; as PNG."""
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    grid = figure.add_gridspec(2, 1, height_ratios=(2, 1))
+    held = figure.add_subplot(grid[0])
+    # Tokens that a decision could not see yet stay blank.
+    seen = np.arange(len(story.words)) < np.array(story.decisions)[:, None] if story.decisions else story.kept > 0
+    image = held.imshow(np.where(seen, story.kept, np.nan), aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+    decision, token = np.nonzero(story.disagreement >= DISAGREES)
+    held.plot(token, decision, "r.", markersize=1.5, label=f"golden disagrees in {DISAGREES:.0%} of the heads or more")
+    held.set(title=title, ylabel="decision")
+    held.legend(fontsize="small", loc="upper right")
+    figure.colorbar(image, ax=held, label="share of heads that keep the pair")
+    loss = figure.add_subplot(grid[1], sharex=held)
+    loss.fill_between(
+        np.arange(len(story.words)),
+        0,
+        1,
+        where=story.answer,
+        transform=loss.get_xaxis_transform(),
+        alpha=0.2,
+        label="answers",
+    )
+    loss.plot(story.nll, linewidth=0.8, color="tab:red", label="policy")
+    loss.plot(story.full_nll, linewidth=0.8, color="black", label="full cache")
+    loss.set(xlabel="token", ylabel="loss (nats)", xlim=(-0.5, len(story.words) - 0.5))
+    loss.legend(fontsize="small", loc="upper right")
+    save(figure, path)
+
+
+CELL = (64, 20)
+"""Width and height of a token in a GIF, in pixels."""
+
+
+def animate_story(story: Story, title: str, path: Path) -> None:
+    """Draw the text with what is kept of it, one frame per decision; as GIF.
+
+    A line holds one window. Colour says how many heads keep a token, a red frame that golden disagrees, red text
+    that the loss of a token just fed rose.
+    """
+    frames = [_frame(story, number, stop, title) for number, _, stop in story.windows()]
+    if not frames:
+        raise ValueError(f"nothing is evicted ({title}): there is nothing to animate, save a .png")
+    data = io.BytesIO()
+    frames[0].save(data, format="GIF", save_all=True, append_images=frames[1:], duration=600, loop=0)
+    write_atomic(path, data.getvalue())
+
+
+def _frame(story: Story, number: int, stop: int, title: str) -> Image.Image:
+    """Return the picture after a decision and the window that follows it: tokens before ``stop`` are shown."""
+    start = story.decisions[number]
+    columns = story.decisions[1] - story.decisions[0] if len(story.decisions) > 1 else 16
+    lines = -(-len(story.words) // columns)
+    picture = Image.new("RGB", (columns * CELL[0] + 8, (lines + 1) * CELL[1] + 8), "white")
+    draw, font, colours = ImageDraw.Draw(picture), ImageFont.load_default(11), matplotlib.colormaps["viridis"]
+    draw.text((6, 6), f"{title}: decision {number + 1} of {len(story.decisions)}", fill="black", font=font)
+    for token in range(stop):
+        line, column = divmod(token, columns)
+        left, top = 4 + column * CELL[0], 4 + (line + 1) * CELL[1]
+        box = (left, top, left + CELL[0] - 2, top + CELL[1] - 2)
+        share = story.kept[number, token]
+        fresh = token >= start
+        lost = story.nll[token] - story.full_nll[token] >= NOTABLE
+        fill = "white" if fresh else tuple(int(255 * c) for c in colours(share)[:3])
+        marked = story.disagreement[number, token] >= DISAGREES
+        draw.rectangle(box, fill=fill, outline="red" if marked else "white", width=2)
+        ink = "red" if lost and fresh else "black" if fresh or share > 0.6 else "white"
+        draw.text((left + 4, top + 3), story.words[token][:10], fill=ink, font=font)
+    return picture
