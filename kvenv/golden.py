@@ -9,6 +9,7 @@ queries at a time is reduced, T * (T / W) per head is kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvenv.attention import HandedCache, attend_block, attention_probabilities
-from kvenv.decode import Batch, Losses, collate, feed
+from kvenv.attention import HandedCache, attention_probabilities
+from kvenv.decode import Batch, Losses, collate, feed, read
 
 Reduce = Literal["max", "sum"]
 
@@ -50,6 +51,28 @@ class FutureAttention:
         return rows.gather(-1, columns)
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Pairs that precede a forward call.
+
+    Attributes
+    ----------
+    pairs : list of (Tensor, Tensor)
+        Keys and values (N, H, P, D) of each layer.
+    valid : Tensor (N, P) bool
+        False where a column is padding.
+    """
+
+    pairs: list[tuple[Tensor, Tensor]]
+    valid: Tensor
+
+    def select(self, rows: Sequence[int], columns: int, copies: int) -> Prefix:
+        """Return the first columns of some rows, each row ``copies`` times."""
+        index = torch.as_tensor(rows, device=self.valid.device).repeat_interleave(copies)
+        pairs = [(key[index, :, :columns], value[index, :, :columns]) for key, value in self.pairs]
+        return Prefix(pairs, self.valid[index, :columns])
+
+
 class RecordingCache(HandedCache):
     """A full cache for one forward call that reduces attention to block scores window by window.
 
@@ -61,57 +84,68 @@ class RecordingCache(HandedCache):
         W, the width of a window.
     reduce : {"max", "sum"}
         ForesightKV's block mean, or KVP's sum over queries of the maximum over the group.
-    first_window : int
-        Windows before this one are attended but not recorded.
+    prefix : Prefix, optional
+        P pairs per row that come before the S columns of the call.
+    keep_pairs : bool
+        Whether to keep all pairs, so that other calls can go on from them.
+
+    Attributes
+    ----------
+    scores : list of Tensor (N, H, S / W, P + S)
+        Block score of every pair in each window, by layer.
+    pairs : list of (Tensor, Tensor)
+        Keys and values (N, H, P + S, D) by layer, if kept.
     """
 
-    def __init__(self, model: PreTrainedModel, *, interval: int, reduce: Reduce = "max", first_window: int = 0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        interval: int,
+        reduce: Reduce = "max",
+        prefix: Prefix | None = None,
+        keep_pairs: bool = False,
+    ) -> None:
         if reduce not in ("max", "sum"):
             raise ValueError(f"reduce {reduce!r} is unknown: known are max, sum")
         super().__init__(model)
-        self.interval, self.reduce, self.first_window = interval, reduce, first_window
+        self.interval, self.reduce, self.prefix, self.keep_pairs = interval, reduce, prefix, keep_pairs
         self.scores: list[Tensor] = []
-        self._fed: tuple[Tensor, Tensor] | None = None
-
-    def expect(self, positions: Tensor, valid: Tensor) -> None:
-        """Say what the forward call feeds, as :meth:`kvenv.cache.EvictingCache.expect`."""
-        self._fed = (positions, valid)
+        self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, padding: Tensor | None
     ) -> Tensor:
-        """Attend causally; keep the block scores of each recorded window."""
+        """Attend causally; keep the block scores of each window."""
         if self._fed is None:
             raise ValueError("RecordingCache records one announced pass: feed it through kvenv.decode.feed")
-        positions, valid = self._fed
+        valid = seen = self._fed[1]
+        if self.prefix is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(self.prefix.pairs[layer], (key, value), strict=True))
+            seen = torch.cat([self.prefix.valid, valid], dim=1)
+        if self.keep_pairs:
+            self.pairs.append((key, value))
         query = query.unflatten(1, (self.kv_heads, self.groups))
-        columns, first = query.shape[3], self.first_window * self.interval
+        columns, total = query.shape[3], key.shape[2]
         scores = torch.zeros(
             *key.shape[:2],
             columns // self.interval,
-            columns,
+            total,
             dtype=torch.promote_types(key.dtype, torch.float32),
             device=key.device,
         )
-        outputs = [self._plain(query, key, value, positions, valid, first, scaling)] if first else []
-        for start in range(first, columns, self.interval):
-            stop = start + self.interval
-            allowed = valid[:, None, None, :stop] & (
-                positions[:, None, None, :stop] <= positions[:, None, start:stop, None]
-            )
-            probabilities = attention_probabilities(query[:, :, :, start:stop], key[:, :, :stop], allowed, scaling)
-            scores[:, :, start // self.interval, :stop] = self._block_score(probabilities, valid[:, start:stop])
+        column = torch.arange(total, device=key.device)
+        outputs = []
+        for start in range(0, columns, self.interval):
+            window = slice(start, start + self.interval)
+            stop = total - columns + window.stop
+            allowed = seen[:, None, None, :stop] & (column[:stop] <= column[stop - self.interval : stop, None])
+            probabilities = attention_probabilities(query[:, :, :, window], key[:, :, :stop], allowed, scaling)
+            scores[:, :, start // self.interval, :stop] = self._block_score(probabilities, valid[:, window])
             mixed = probabilities.flatten(2, 3).to(value.dtype) @ value[:, :, :stop]
             outputs.append(mixed.view(*query.shape[:3], self.interval, -1))
         self.scores.append(scores)
         return torch.cat(outputs, dim=3).flatten(1, 2)
-
-    def _plain(
-        self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, valid: Tensor, stop: int, scaling: float
-    ) -> Tensor:
-        """Attention output of the first ``stop`` columns, nothing recorded."""
-        allowed = valid[:, None, None, :stop] & (positions[:, None, None, :stop] <= positions[:, None, :stop, None])
-        return attend_block(query[:, :, :, :stop], key[:, :, :stop], value[:, :, :stop], allowed, scaling)
 
     def _block_score(self, probabilities: Tensor, valid: Tensor) -> Tensor:
         """Reduce a window's attention (N, H, G, W, C) over its valid queries and the group to (N, H, C)."""
@@ -187,7 +221,8 @@ def expected_future(
     traces : sequence of array (T_n,)
         The traces whose decisions are asked for.
     continuations : nested sequence
-        ``continuations[n][k]``: traces that share the first ``anchors[n] + k * interval`` tokens with trace n.
+        ``continuations[n][k]``: traces that share the first ``anchors[n] + k * interval`` tokens with trace n, equally
+        many for every n and k. Only what follows those tokens is fed; the trace's own pass gives the pairs before.
     interval, anchors, reduce
         As in :func:`future_attention`.
 
@@ -197,27 +232,28 @@ def expected_future(
         Like golden's, expected.
     """
     batch = collate(traces, anchors=anchors, interval=interval, device=model.device)
-    windows, columns = batch.tokens.shape[1] // interval, batch.tokens.shape[1]
-    probe = RecordingCache(model, interval=interval)
-    utility = torch.zeros(
-        probe.num_layers,
-        len(traces),
-        probe.kv_heads,
-        windows + 1,
-        columns,
-        device=model.device,
-        dtype=torch.promote_types(model.dtype, torch.float32),
-    )
-    for row, decisions in enumerate(continuations):
-        first = (anchors[row] + int(batch.pad[row])) // interval
-        for k, futures in enumerate(decisions):
-            group = collate(futures, anchors=anchors[row], interval=interval, device=model.device)
-            cache = RecordingCache(
-                model, interval=interval, reduce=reduce, first_window=(anchors[row] + int(group.pad[0])) // interval + k
-            )
-            feed(model, cache, group.tokens, group.targets, group.positions, group.valid)
-            at = cache.future(group.pad).utility[:, :, :, cache.first_window].mean(dim=1)
-            shift = int(batch.pad[row] - group.pad[0])
-            kept = min(columns - shift, at.shape[-1])
-            utility[:, row, :, first + k, shift : shift + kept] = at[..., :kept]
+    whole = RecordingCache(model, interval=interval, keep_pairs=True)
+    feed(model, whole, batch.tokens, batch.targets, batch.positions, batch.valid)
+    pairs = Prefix(whole.pairs, batch.valid)
+    rows, columns = batch.tokens.shape
+    shape = (whole.num_layers, rows, whole.kv_heads, columns // interval + 1, columns)
+    utility = torch.zeros(shape, device=model.device, dtype=whole.scores[0].dtype)
+    first = int(batch.pad[0]) + anchors[0]
+    for k in range(max(len(decisions) for decisions in continuations)):
+        cut = first + k * interval
+        due = [row for row, decisions in enumerate(continuations) if k < len(decisions)]
+        futures = [future for row in due for future in continuations[row][k]]
+        copies = len(futures) // len(due)
+        group = collate(
+            futures,
+            anchors=[anchors[row] for row in due for _ in range(copies)],
+            interval=interval,
+            device=model.device,
+        )
+        begin = int(group.pad[0]) + anchors[due[0]] + k * interval
+        cache = RecordingCache(model, interval=interval, reduce=reduce, prefix=pairs.select(due, cut, copies))
+        tokens, positions, valid = (x[:, begin:] for x in (group.tokens, group.positions, group.valid))
+        read(model, cache, tokens, positions, valid)
+        after = cache.future(group.pad).utility[..., 0, :cut]
+        utility[:, due, :, cut // interval, :cut] = after.unflatten(1, (len(due), copies)).mean(dim=2)
     return FutureAttention(utility, batch.pad, interval)
