@@ -237,6 +237,9 @@ class EvictingCache(HandedCache):
         """Return positions and validity of the columns of this call; generate doesn't announce them."""
         if self._fed is None:
             rows, columns = query.shape[0], query.shape[2]
+            if self.policy is not None and self.interval > 1:
+                # A window of generate's is one token: statistics and decisions would silently be those of interval 1.
+                raise ValueError(f"generate evicts before every token: give the cache interval=1, not {self.interval}")
             if self.policy is None and self.seen > self.capacity:
                 raise ValueError(
                     f"capacity {self.capacity} is full after {self.seen - columns} tokens and the cache has no policy: "

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from kvenv.cache import EvictingCache
 from kvenv.decode import collate, feed
 from kvenv.ranking import evict, eviction_order
+from kvenv.rollout import rollout
 from kvenv.state import Protection
+from kvenv.traces import Trace
 from tests.models import ARCHITECTURES, random_tokens
 from tests.policies import Mixed, Random, Recorder, kvenv_model, random_traces, step_through
-from tests.reference import copy_with, masked_run
+from tests.reference import NEVER, copy_with, masked_run
 
 
 def left_padded(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +75,30 @@ def test_generate_goes_on_from_an_evicted_cache() -> None:
     run = masked_run(model, out.sequences[0].numpy(), recorder.of(0, random_traces([31])[0]))
     loss = -out.logits[0].double().log_softmax(-1)[0, out.sequences[0, -1]]  # generate rounds logits to float32
     torch.testing.assert_close(loss, run.losses[-1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("needs", [(), ("stats", "last_attention", "queries", "query_moments")], ids=["bare", "all"])
+def test_generate_under_a_policy_equals_the_rollout(needs: tuple[str, ...]) -> None:
+    model = kvenv_model()
+    ids, mask = left_padded([23, 11, 17])
+    policy, protection = Mixed(*needs), Protection(1, 2)
+    cache = EvictingCache(
+        model, rows=3, capacity=13, interval=1, budget=12, needs=policy.needs, protection=protection, policy=policy
+    )
+    out = model.generate(
+        ids, attention_mask=mask, past_key_values=cache, min_new_tokens=20, max_new_tokens=20, do_sample=False
+    )
+    traces = [Trace(row[23 - length :].numpy(), 0, (), "") for row, length in zip(out, [23, 11, 17], strict=True)]
+    recorder = Recorder(model, traces)
+    options = {"budget": 12, "interval": 1, "protection": protection}
+    result = rollout(policy, traces, model=model, on_eviction=recorder, **options)
+    for row, trace in enumerate(traces):
+        lost = recorder.of(row, trace)
+        for layer in range(cache.num_layers):
+            for head in range(cache.kv_heads):
+                kept = (lost[layer, head] == NEVER).nonzero().flatten().tolist()
+                assert sorted(p for p in cache.positions[layer, row, head].tolist() if p >= 0) == kept
+        assert result.losses.correct[row, len(trace.tokens) - 21 : len(trace.tokens) - 1].sum() >= 19  # but for eos
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -219,6 +245,9 @@ def test_misuse_is_refused() -> None:
     small = EvictingCache(model, rows=1, capacity=16, interval=4, budget=12)
     with pytest.raises(ValueError, match="capacity 16 is full after 16 tokens"):
         model.generate(ids, attention_mask=mask, past_key_values=small, min_new_tokens=9, max_new_tokens=9)
+    wide = EvictingCache(model, rows=1, capacity=16, interval=4, budget=12, policy=Random(), needs={"noise"})
+    with pytest.raises(ValueError, match="interval=1, not 4"):
+        model.generate(ids, attention_mask=mask, past_key_values=wide, max_new_tokens=4)
     beams = EvictingCache(model, rows=2, capacity=40, interval=4, budget=36)
     with pytest.raises(ValueError, match="beam search"):
         model.generate(ids, attention_mask=mask, past_key_values=beams, num_beams=2, max_new_tokens=4, do_sample=False)
