@@ -1,0 +1,430 @@
+"""The dynamics of KVEvict-v0: N traces through one frozen LLM; evict, feed a window, score it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvenv.cache import EvictingCache
+from kvenv.decode import Losses, collate, feed, read
+from kvenv.golden import Reduce
+from kvenv.lookahead import KINDS, FullRows, FutureRows, Kind
+from kvenv.models import LoadedModel
+from kvenv.rewards import WindowLosses
+from kvenv.rollout import check_budget
+from kvenv.snapshot import Counters, Snapshot
+from kvenv.state import NEEDS, LayerState, Protection
+from kvenv.traces import Trace, TraceSource
+
+FOLLOWED = frozenset({"stats", "last_attention", "queries", "query_moments"})
+"""Parts of a layer's state that the cache must follow from the first token on; the others are computed when asked."""
+
+REST_AT_ONCE = 256
+"""Tokens that the schedule ``prefill`` decodes in one call."""
+
+
+class Dynamics:
+    """N rows that each decode a trace.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+        The LLM.
+    source : TraceSource
+        Gives traces by id.
+    rows : int
+        N.
+    trace_length : int
+        Longest trace in tokens.
+    budget, interval : int
+        B and W.
+    schedule : {"periodic", "prefill"}
+        Evict every W tokens, or once after the prompt.
+    protection : Protection
+        Pairs that are never evicted.
+    needs : collection of str
+        Optional parts of :class:`~kvenv.state.LayerState` to follow.
+
+    Raises
+    ------
+    ValueError
+        If no trace of that length can be decoded with that budget.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        source: TraceSource,
+        *,
+        rows: int,
+        trace_length: int,
+        budget: int,
+        interval: int,
+        schedule: str,
+        protection: Protection,
+        needs: Collection[str] = (),
+    ) -> None:
+        self.loaded, self.model, self.source = loaded, loaded.model, source
+        self.rows, self.trace_length, self.budget, self.interval = rows, trace_length, budget, interval
+        self.periodic, self.protection, self.needs = schedule == "periodic", protection, frozenset(needs) & FOLLOWED
+        self._check_arguments()
+        self.capacity = budget + interval if self.periodic else source.max_prompt_length
+        self._check_capacity()
+        self.cache = self._new_cache(rows, self.capacity)
+        self.counters = Counters.blank(rows)
+        device, columns = self.model.device, trace_length + interval + 1
+        self.tokens = torch.zeros(rows, columns, dtype=torch.int64, device=device)
+        self.answer = torch.zeros(rows, columns, dtype=torch.bool, device=device)
+        self.last = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.finished = torch.ones(rows, dtype=torch.bool, device=device)
+        self._everyone = torch.ones_like(self.finished)
+        self._answers_before = np.zeros((rows, columns + 1), np.int64)
+        self._full: FullRows | None = None
+        self._futures: dict[tuple[Kind, Reduce], FutureRows] = {}
+
+    @torch.no_grad()
+    def begin(
+        self,
+        rows: np.ndarray,
+        traces: Sequence[int],
+        budgets: Sequence[int],
+        seeds: Sequence[int],
+        rollouts: Sequence[int],
+    ) -> None:
+        """Start an episode in some rows: feed the first tokens of their traces, up to the first decision.
+
+        Parameters
+        ----------
+        rows : array of int
+            Which rows.
+        traces, budgets, seeds, rollouts : sequence of int
+            One of each per row: trace id, B, seed and rollout number of the noise.
+
+        Raises
+        ------
+        ValueError
+            If a trace can't be decoded with its budget.
+        """
+        loaded = [self._trace(trace) for trace in traces]
+        for trace, budget in zip(loaded, budgets, strict=True):
+            self._check_trace(trace, budget)
+        anchors = [
+            budget + self.interval if self.periodic else trace.prompt_length
+            for trace, budget in zip(loaded, budgets, strict=True)
+        ]
+        last = [len(trace.tokens) - 1 for trace in loaded]
+        self.counters.set(rows, trace=traces, budget=budgets, seed=seeds, rollout=rollouts, anchor=anchors)
+        self.counters.set(rows, position=anchors, last=last, steps=0, finished=False, truncated=False)
+        self._write_rows(rows, loaded)
+        self._prefill(rows, loaded)
+
+    @torch.no_grad()
+    def advance(self, priorities: Tensor) -> tuple[WindowLosses, Tensor]:
+        """Evict every row down to its budget, then decode and score what comes up to the next decision.
+
+        Finished rows idle.
+
+        Parameters
+        ----------
+        priorities : Tensor (L, N, H, C)
+            Higher means keep.
+
+        Returns
+        -------
+        WindowLosses
+            Of the targets p + 1 ... p + W after position p.
+        Tensor (N, L, H, E) int64
+            Evicted positions in order, -1 beyond each head's count.
+        """
+        running = ~self.finished
+        # Finished rows are trimmed too: then they have free slots for the padding that they are fed.
+        evicted = self.cache.evict(priorities, self._everyone, self.interval if self.periodic else self.capacity)
+        evicted = torch.where(running[:, None, None], evicted, -1).transpose(0, 1)
+        window = self._decode(self.cache, self.interval, running) if self.periodic else self._decode_rest(running)
+        now = self.counters
+        active = ~now.finished
+        now.steps[:] += active
+        now.position[:] += active * np.minimum(window.nll.shape[1], now.last - now.position)
+        now.finished[:] |= now.position >= now.last
+        if self.periodic:
+            self.finished |= self.cache.next_position >= self.last
+        else:
+            self.finished.fill_(True)
+        return window, evicted
+
+    def truncate(self, rows: np.ndarray) -> None:
+        """End the episodes of some rows (indices) before their traces end."""
+        if len(rows):
+            self.counters.set(rows, truncated=True, finished=True)
+            self.finished[torch.as_tensor(rows, device=self.finished.device)] = True
+
+    def answers(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        """Return how many answer targets each row has at positions start + 1 ... stop, arrays (N,)."""
+        rows = np.arange(self.rows)
+        return self._answers_before[rows, stop + 1] - self._answers_before[rows, start + 1]
+
+    def track(self, needs: Collection[str]) -> None:
+        """Let the cache follow more of a layer's state; rows that are at their first decision are prefilled anew.
+
+        Raises
+        ------
+        ValueError
+            If a need is unknown, or an episode is under way whose past wasn't followed.
+        """
+        unknown = set(needs) - set(NEEDS)
+        if unknown:
+            raise ValueError(f"needs names unknown {sorted(unknown)}: known are {', '.join(NEEDS)}")
+        missing = (set(needs) & FOLLOWED) - self.needs
+        if not missing:
+            return
+        begun = np.flatnonzero(self.counters.trace >= 0)
+        if (self.counters.steps[begun] > 0).any():
+            raise ValueError(
+                f"needs {sorted(missing)} must be followed from the first token on, and an episode is under way: "
+                "call track(needs) before the first step"
+            )
+        self.needs |= missing
+        self.cache = self._new_cache(self.rows, self.capacity)
+        if len(begun):
+            self._prefill(begun, [self._trace(trace) for trace in self.counters.trace[begun]])
+
+    @torch.no_grad()
+    def layer_states(self, needs: Collection[str], reduce: Reduce = "max") -> Iterator[LayerState]:
+        """Return what a policy with those needs sees, layer by layer, at the current decision of every row.
+
+        Parameters
+        ----------
+        needs : collection of str
+            Optional parts of the state, see :data:`kvenv.state.NEEDS`.
+        reduce : {"max", "sum"}
+            Golden utility: ForesightKV's or KVP's, see :mod:`kvenv.golden`.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`track`, or if the traces can't be continued otherwise for ``expected_future``.
+        """
+        self.track(needs)
+        traces, anchors = self.counters.trace, self.counters.anchor
+        futures = {kind: self._future(kind, reduce).of(traces, anchors) for kind in KINDS if kind in needs}
+
+        def state_of(layer: int) -> LayerState:
+            state = self.cache.layer_state(layer, needs=needs)
+            at = {kind: future.at(layer, state.positions, state.next_position) for kind, future in futures.items()}
+            return replace(state, future=at.get("future"), expected_future=at.get("expected_future"))
+
+        return map(state_of, range(self.cache.num_layers))
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of all rows' state."""
+        tensors = {name: tensor.clone() for name, (tensor, _) in self.cache.row_tensors().items()}
+        return Snapshot(self._arguments(), self.needs, tensors, self.counters.copy())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take all rows back to a snapshot.
+
+        Raises
+        ------
+        ValueError
+            If it was taken with other arguments, or its tensors have other shapes.
+        """
+        for name, mine in self._arguments().items():
+            theirs = snapshot.arguments.get(name)
+            if theirs != mine:
+                raise ValueError(f"the snapshot was taken with {name}={theirs!r}, this environment has {mine!r}")
+        if snapshot.needs != self.needs:
+            self.needs = snapshot.needs
+            self.cache = self._new_cache(self.rows, self.capacity)
+        own = self.cache.row_tensors()
+        for name, (tensor, _) in own.items():
+            shape = snapshot.tensors[name].shape if name in snapshot.tensors else None
+            if shape != tensor.shape:
+                raise ValueError(f"the snapshot's {name} has shape {shape}, this environment's {tuple(tensor.shape)}")
+        for name, (tensor, _) in own.items():
+            tensor.copy_(snapshot.tensors[name])
+        self.counters = snapshot.counters.copy()
+        begun = np.flatnonzero(self.counters.trace >= 0)
+        self._write_rows(begun, [self._trace(trace) for trace in self.counters.trace[begun]])
+        self.finished.copy_(torch.as_tensor(self.counters.finished))
+
+    def _arguments(self) -> dict[str, object]:
+        """Return what two environments must share to exchange snapshots."""
+        names = ("rows", "trace_length", "budget", "interval", "periodic", "protection", "capacity")
+        mine = {name: getattr(self, name) for name in names}
+        return mine | {"model": self.loaded.name, "traces": self.source.name, "split": self.source.split}
+
+    def _trace(self, trace: int) -> Trace:
+        """Return a trace by id."""
+        try:
+            return self.source[int(trace)]
+        except IndexError as error:
+            raise ValueError(str(error)) from error
+
+    def _new_cache(self, rows: int, capacity: int, needs: Collection[str] | None = None) -> EvictingCache:
+        """Return an empty cache that follows ``needs``, this environment's if not given."""
+        return EvictingCache(
+            self.model,
+            rows=rows,
+            capacity=capacity,
+            interval=self.interval,
+            budget=self.budget,
+            needs=self.needs if needs is None else needs,
+            protection=self.protection,
+        )
+
+    def _write_rows(self, rows: np.ndarray, traces: list[Trace]) -> None:
+        """Put tokens, answer spans and lengths of traces where a step finds them."""
+        if not traces:
+            return
+        columns = self.tokens.shape[1]
+        tokens, answer = np.zeros((len(rows), columns), np.int64), np.zeros((len(rows), columns), np.bool_)
+        for index, trace in enumerate(traces):
+            tokens[index, : len(trace.tokens)] = trace.tokens
+            for start, stop in trace.answers:
+                answer[index, start:stop] = True
+        self._answers_before[rows, 1:] = answer.cumsum(axis=1)
+        where = torch.as_tensor(rows, device=self.tokens.device)
+        for target, value in (
+            (self.tokens, tokens),
+            (self.answer, answer),
+            (self.last, self.counters.last[rows]),
+            (self.finished, self.counters.finished[rows]),
+        ):
+            target[where] = torch.as_tensor(value, device=target.device)
+
+    def _prefill(self, rows: np.ndarray, traces: list[Trace]) -> None:
+        """Feed traces up to their first decision, in a cache of just these rows that then replaces them."""
+        now, device = self.counters, self.model.device
+        batch = collate(
+            [trace.tokens for trace in traces],
+            prompt_lengths=[trace.prompt_length for trace in traces],
+            anchors=now.anchor[rows],
+            interval=self.interval,
+            stop=-1,
+            device=device,
+        )
+        fresh = self._new_cache(len(rows), self.capacity)
+        fresh.prompt_length = batch.prompt_length
+        fresh.budget, fresh.seed, fresh.rollout = (
+            torch.as_tensor(x[rows], device=device) for x in (now.budget, now.seed, now.rollout)
+        )
+        read(self.model, fresh, batch.tokens, batch.positions, batch.valid)
+        self.cache.copy_rows(torch.as_tensor(rows, device=device), fresh)
+
+    def _decode(self, cache: EvictingCache, columns: int, running: Tensor) -> WindowLosses:
+        """Feed the next tokens of every running row, teacher-forced, and score their targets."""
+        fed = cache.next_position[:, None] + torch.arange(columns, device=self.tokens.device)
+        valid = (fed < self.last[:, None]) & running[:, None]
+        fed = torch.where(valid, fed, 0)
+        losses = feed(self.model, cache, self.tokens.gather(1, fed), self.tokens.gather(1, fed + 1), fed, valid)
+        return self._window(losses, fed + 1, valid)
+
+    def _decode_rest(self, running: Tensor) -> WindowLosses:
+        """Decode what is left of every running row into extra slots, which neither stay nor are ever evicted."""
+        now = self.counters
+        left = int(((now.last - now.position) * ~now.finished).max())
+        extended = self._new_cache(self.rows, self.capacity + left, needs=())
+        extended.copy_rows(torch.arange(self.rows, device=self.tokens.device), self.cache)
+        parts = [
+            self._decode(extended, min(REST_AT_ONCE, left - start), running) for start in range(0, left, REST_AT_ONCE)
+        ]
+        if not parts:
+            parts = [self._decode(extended, 1, running)]
+        losses = Losses(*(torch.cat([getattr(part, x) for part in parts], 1) for x in ("nll", "entropy", "correct")))
+        positions, valid = (torch.cat([getattr(part, x) for part in parts], 1) for x in ("positions", "valid"))
+        return self._window(losses, positions, valid)
+
+    def _window(self, losses: Losses, targets: Tensor, valid: Tensor) -> WindowLosses:
+        """Return the losses of targets at positions (N, S) as a reward function gets them."""
+        traces, anchors = self.counters.trace.copy(), self.counters.anchor.copy()
+        return WindowLosses(
+            nll=losses.nll,
+            entropy=losses.entropy,
+            correct=losses.correct,
+            valid=valid,
+            answer=self.answer.gather(1, targets) & valid,
+            positions=targets,
+            interval=self.interval,
+            run_full=lambda: self._full_rows().at(traces, anchors, targets, valid),
+        )
+
+    def _full_rows(self) -> FullRows:
+        """Return the full-cache losses of all rows."""
+        if self._full is None:
+            self._full = FullRows(self.model, self.source, rows=self.rows, columns=self.tokens.shape[1])
+        return self._full
+
+    def _future(self, kind: Kind, reduce: Reduce) -> FutureRows:
+        """Return the golden utilities of all rows."""
+        if (kind, reduce) not in self._futures:
+            self._futures[kind, reduce] = FutureRows(
+                self.model,
+                self.source,
+                rows=self.rows,
+                latest_anchor=self.capacity,
+                interval=self.interval,
+                trace_length=self.trace_length,
+                decisions=None if self.periodic else 1,
+                kind=kind,
+                reduce=reduce,
+            )
+        return self._futures[kind, reduce]
+
+    def _check_arguments(self) -> None:
+        """Refuse numbers that mean nothing."""
+        protection = self.protection
+        for name, value, least in (
+            ("budget", self.budget, 1),
+            ("interval", self.interval, 1),
+            ("trace_length", self.trace_length, 2),
+            ("sinks", protection.sinks, 0),
+            ("recent", protection.recent, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+        if self.budget < protection.sinks + protection.recent:
+            raise ValueError(
+                f"budget {self.budget} is less than the protected pairs, sinks {protection.sinks} + recent "
+                f"{protection.recent}: raise budget or protect less"
+            )
+        self.loaded.check_length(self.trace_length)
+
+    def _check_capacity(self) -> None:
+        """Refuse budgets with which no trace of this length has anything to evict."""
+        if not self.periodic and self.capacity <= self.budget:
+            raise ValueError(
+                f"budget {self.budget} holds the longest prompt of {self.source.name!r}, {self.capacity} tokens: under "
+                "schedule 'prefill' it must be smaller"
+            )
+        if self.trace_length < self.capacity + 2:
+            what = "budget + interval" if self.periodic else "the longest prompt"
+            raise ValueError(
+                f"trace_length {self.trace_length} is too short: with {what} = {self.capacity} an episode needs "
+                f"at least {self.capacity + 2} tokens"
+            )
+
+    def _check_trace(self, trace: Trace, budget: int) -> None:
+        """Refuse a trace that can't be decoded with this budget."""
+        tokens, name = trace.tokens, f"trace {trace.name!r}"
+        if len(tokens) > self.trace_length:
+            raise ValueError(f"{name} has {len(tokens)} tokens, more than trace_length {self.trace_length}")
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if tokens.min() < 0 or tokens.max() >= vocabulary:
+            raise ValueError(
+                f"{name} has token ids {tokens.min()} to {tokens.max()}: model {self.loaded.name!r} knows 0 to "
+                f"{vocabulary - 1}"
+            )
+        check_budget(budget, self.protection, trace, self.interval)
+        needed = budget + self.interval if self.periodic else trace.prompt_length
+        if not self.periodic and not budget < trace.prompt_length <= self.capacity:
+            raise ValueError(
+                f"{name} has a prompt of {trace.prompt_length} tokens: schedule 'prefill' needs more than budget "
+                f"{budget} and at most the {self.capacity} slots that were made for the longest prompt"
+            )
+        if len(tokens) < needed + 2:
+            what = f"budget {budget} and interval {self.interval}" if self.periodic else f"a prompt of {needed}"
+            raise ValueError(f"{name} has {len(tokens)} tokens: with {what} it needs at least {needed + 2}")

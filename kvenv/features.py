@@ -1,0 +1,200 @@
+"""Feature sets: what an observation says of every cached pair."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvenv.cache import EvictingCache
+from kvenv.registry import FEATURES, register_features
+from kvenv.state import STATS, LayerState
+
+Observation = dict[str, Tensor]
+"""``features`` (N, L, H, C, F) float32, ``positions`` (N, L, H, C) int64, ``mask`` (N, L, H, C) int8."""
+
+STATS_FEATURES = ("key_norm", "value_norm", "position", "age", *STATS)
+"""The F = 12 features of the set ``stats``, in order."""
+
+
+MEMORY_TABLE_MODELS = (
+    ("tiny", 5, 2, 2, 32, 80),
+    ("Qwen2.5-0.5B", 24, 2, 7, 64, 1280),
+    ("Qwen3-4B", 36, 8, 4, 128, 1280),
+    ("Qwen2.5-7B", 28, 4, 7, 128, 1280),
+)
+"""Name, layers, KV heads, query heads per KV head, head dimension and slots."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """A named map from a layer's state to features.
+
+    Attributes
+    ----------
+    name : str
+        Its registered name.
+    fn : callable
+        LayerState -> Tensor (N, H, C, F).
+    size : int or callable
+        F, or a function of (head_dim, queries_per_kv_head) that returns it.
+    needs : frozenset of str
+        Optional parts of the state that ``fn`` reads.
+    """
+
+    name: str
+    fn: Callable[[LayerState], Tensor]
+    size: int | Callable[[int, int], int]
+    needs: frozenset[str]
+
+    def width(self, head_dim: int, groups: int) -> int:
+        """Return F for a model with that head dimension D and G query heads per KV head."""
+        return self.size if isinstance(self.size, int) else self.size(head_dim, groups)
+
+    def compute(self, state: LayerState) -> Tensor:
+        """Return one layer's features (N, H, C, F) float32, zero in empty slots.
+
+        Raises
+        ------
+        ValueError
+            If the function returns another shape.
+        """
+        features = self.fn(state)
+        if features.shape[:-1] != state.positions.shape:
+            raise ValueError(
+                f"features {self.name!r} returned shape {tuple(features.shape)}: "
+                f"{tuple(state.positions.shape)} and F (N, H, C, F) was expected"
+            )
+        return torch.where(state.filled[..., None], features.float(), 0.0)
+
+    def observe(self, cache: EvictingCache) -> Observation:
+        """Return the observation of every row of a cache; it shares no memory with the cache.
+
+        Raises
+        ------
+        ValueError
+            If the function returns another shape than it was registered with.
+        """
+        layers, rows, heads, slots = cache.positions.shape
+        width = self.width(cache.head_dim, cache.groups)
+        features = torch.empty(rows, layers, heads, slots, width, device=cache.positions.device)
+        for layer in range(layers):
+            computed = self.compute(cache.layer_state(layer, needs=self.needs))
+            if computed.shape[-1] != width:
+                raise ValueError(
+                    f"features {self.name!r} returned {computed.shape[-1]} numbers per slot: they were registered with "
+                    f"size {width}"
+                )
+            features[:, layer] = computed
+        return {
+            "features": features,
+            "positions": cache.positions.transpose(0, 1).clone(memory_format=torch.contiguous_format),
+            "mask": cache.candidates().transpose(0, 1).to(torch.int8, memory_format=torch.contiguous_format),
+        }
+
+
+def feature_set(name: str) -> FeatureSet:
+    """Return the feature set of that name.
+
+    Raises
+    ------
+    ValueError
+        If there is none; the message lists the known ones.
+    """
+    return FeatureSet(name, *FEATURES.get(name))
+
+
+def kv(state: LayerState) -> Tensor:
+    """KVP's view of a pair: key, value, absolute position; F = 2D + 1 (arXiv 2602.10238)."""
+    return torch.cat([state.keys.float(), state.values.float(), state.positions[..., None].float()], dim=-1)
+
+
+def foresight(state: LayerState) -> Tensor:
+    """ForesightKV's view: key, value, eight attention statistics per query head; F = 2D + 8G (arXiv 2602.03203)."""
+    statistics = _needed(state).transpose(2, 3).flatten(3)
+    return torch.cat([state.keys.float(), state.values.float(), statistics.float()], dim=-1)
+
+
+def stats(state: LayerState) -> Tensor:
+    """Twelve small numbers per pair, for stock RL libraries: :data:`STATS_FEATURES`, each of order 1.
+
+    Norms as log(1 + norm); position and age in tokens as log2(1 + x) / 16; attention statistics averaged over the
+    group's query heads, as log(1 + C * mean attention per query), so that uniform attention over C slots gives log 2.
+    """
+    age = state.next_position[:, None, None] - state.positions
+    places = [torch.log2(1 + x.clamp(min=0).float()) / 16 for x in (state.positions, age)]
+    norms = [torch.log1p(x.float().norm(dim=-1)) for x in (state.keys, state.values)]
+    attention = dict(zip(STATS, _needed(state).float().mean(dim=2).unbind(dim=-1), strict=True))
+    attention["cumulative"] = attention["cumulative"] / age.clamp(min=1)
+    for name, span in (("sum", state.interval), ("sum8", 8), ("sum16", 16), ("sum32", 32)):
+        attention[name] = attention[name] / min(span, state.interval)
+    # Weights of 0.9 per window add up to ten windows.
+    attention["decayed"] = attention["decayed"] / (10 * state.interval)
+    relative = [torch.log1p(x * state.positions.shape[-1]) for x in attention.values()]
+    return torch.stack([*norms, *places, *relative], dim=-1)
+
+
+register_features("kv", kv, lambda head_dim, groups: 2 * head_dim + 1)
+register_features("foresight", foresight, lambda head_dim, groups: 2 * head_dim + 8 * groups, frozenset({"stats"}))
+register_features("stats", stats, len(STATS_FEATURES), frozenset({"stats"}))
+
+
+def observation_nbytes(layers: int, heads: int, slots: int, width: int) -> int:
+    """Return the bytes of one row's observation: F float32, an int64 position and an int8 mask per slot.
+
+    Parameters
+    ----------
+    layers, heads, slots, width : int
+        L, H, C, F.
+    """
+    return layers * heads * slots * (4 * width + 8 + 1)
+
+
+def memory_table() -> str:
+    """Return the table of observation sizes in :class:`kvenv.KVEvictEnv`'s docstring."""
+    lines = ["| LLM | L × H × C | `stats` | `kv` | `foresight` |", "| --- | --- | --- | --- | --- |"]
+    for name, layers, heads, groups, head_dim, slots in MEMORY_TABLE_MODELS:
+        widths = (feature_set(features).width(head_dim, groups) for features in ("stats", "kv", "foresight"))
+        sizes = (observation_nbytes(layers, heads, slots, width) / 1e6 for width in widths)
+        cells = [name, f"{layers} × {heads} × {slots:,}", *(f"{size:,.2f} MB" for size in sizes)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def refuse_what_cannot_fit(rows: int, nbytes: int, name: str) -> None:
+    """Refuse observations that this machine's memory can't hold, before anything is allocated.
+
+    Gymnasium's ``Box`` keeps the bounds of every element, for one row and for all: that is 2.5 times the observation.
+
+    Parameters
+    ----------
+    rows : int
+        N.
+    nbytes : int
+        Bytes of one row's observation.
+    name : str
+        Name of the feature set.
+
+    Raises
+    ------
+    ValueError
+        If N observations with their bounds exceed the machine's memory.
+    """
+    needed = int(3.5 * nbytes * (rows + 1))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"observations of features {name!r} take {nbytes / 1e6:,.1f} MB a row, {needed / 1e9:,.1f} GB for {rows} "
+            f"rows with the bounds of their spaces, and this machine has {memory / 1e9:,.1f} GB: choose "
+            "features='stats', a smaller budget or fewer rows"
+        )
+
+
+def _needed(state: LayerState) -> Tensor:
+    """Return the attention statistics, which these feature sets declare that they need."""
+    if state.stats is None:
+        raise ValueError("the features read state.stats, which is None: name 'stats' in needs")
+    return state.stats
