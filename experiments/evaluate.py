@@ -18,8 +18,8 @@ from experiments.comparison import METRICS, Cell, Comparison, Estimate
 from experiments.progress import track
 from kvenv.evaluation import FULL, Row, evaluate
 from kvenv.files import write_atomic
+from kvenv.layerwise import Policy
 from kvenv.models import load_model
-from kvenv.rollout import Policy
 from kvenv.state import Protection
 from kvenv.traces import load_traces
 
@@ -107,6 +107,8 @@ def measure(args: Args) -> list[Row]:
             f"score_from {args.score_from} is below the largest budget plus interval: choose at least "
             f"{max(args.budgets) + args.interval}"
         )
+    if args.first_trace < 0:
+        raise ValueError(f"first_trace {args.first_trace} must be at least 0")
     rows: list[Row] = []
     for name in args.traces:
         source = load_traces(

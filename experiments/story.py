@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvenv.golden import expected_future, future_attention
+from kvenv.layerwise import Policy, rollout
 from kvenv.lookahead import CONTINUATIONS
 from kvenv.ranking import eviction_order
-from kvenv.rollout import Policy, rollout
 from kvenv.state import LayerState, Protection
 from kvenv.traces import Trace, TraceSource
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from kvenv.cache import EvictingCache
     from kvenv.env import KVEvictEnv
     from kvenv.head_view import HeadView
+    from kvenv.layerwise import rollout
     from kvenv.models import load_model
-    from kvenv.rollout import rollout
     from kvenv.state import LayerState
     from kvenv.traces import Trace, load_traces
     from kvenv.vector_env import KVEvictVectorEnv
@@ -54,7 +54,7 @@ _LAZY = {
     "Trace": "kvenv.traces",
     "load_model": "kvenv.models",
     "load_traces": "kvenv.traces",
-    "rollout": "kvenv.rollout",
+    "rollout": "kvenv.layerwise",
 }
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from kvenv.cache import EvictingCache
 from kvenv.decode import Losses, collate, feed, read
 from kvenv.golden import Reduce
+from kvenv.layerwise import check_budget
 from kvenv.lookahead import KINDS, FullRows, FutureRows, Kind
 from kvenv.models import LoadedModel
 from kvenv.rewards import WindowLosses
-from kvenv.rollout import check_budget
 from kvenv.snapshot import Counters, Snapshot
 from kvenv.state import NEEDS, LayerState, Protection
 from kvenv.traces import Trace, TraceSource

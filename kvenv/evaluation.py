@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from kvenv.decode import Losses
 from kvenv.golden import FutureAttention, expected_future, future_attention
+from kvenv.layerwise import Policy, check_budget, first_decisions, rollout
 from kvenv.lookahead import CONTINUATIONS
 from kvenv.rewards import low_entropy
-from kvenv.rollout import Policy, check_budget, first_decisions, rollout
 from kvenv.state import Protection
 from kvenv.traces import Trace, TraceSource
 

@@ -14,7 +14,7 @@ from kvenv.state import LayerState
 
 if TYPE_CHECKING:
     from kvenv.env import KVEvictEnv
-    from kvenv.rollout import Policy
+    from kvenv.layerwise import Policy
     from kvenv.vector_env import KVEvictVectorEnv
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from kvenv.cache import EvictingCache
 from kvenv.decode import collate, feed
+from kvenv.layerwise import rollout
 from kvenv.ranking import evict, eviction_order
-from kvenv.rollout import rollout
 from kvenv.state import Protection
 from kvenv.traces import Trace
 from tests.models import ARCHITECTURES, random_tokens

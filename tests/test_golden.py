@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvenv.golden import RecordingCache, expected_future, future_attention
-from kvenv.rollout import rollout
+from kvenv.layerwise import rollout
 from kvenv.state import LayerState, Protection
 from tests.models import ARCHITECTURES
 from tests.policies import kvenv_model, random_traces

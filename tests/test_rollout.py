@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvenv.cache import EvictingCache
 from kvenv.golden import future_attention
-from kvenv.rollout import check_budget, rollout
+from kvenv.layerwise import check_budget, rollout
 from kvenv.state import LayerState, Protection
 from tests.models import ARCHITECTURES
 from tests.policies import Mixed, Random, Recorder, kvenv_model, random_traces, step_through
@@ -79,11 +79,12 @@ def test_one_more_evicted_pair_shows(architecture: str) -> None:
     assert torch.equal(once[:20], twice[:20])
 
 
-def test_bfloat16_stays_near_its_reference() -> None:
+@pytest.mark.parametrize("needs", [(), ("stats", "last_attention")], ids=["fused", "observed"])
+def test_bfloat16_stays_near_its_reference(needs: tuple[str, ...]) -> None:
     model = kvenv_model("qwen3", torch.bfloat16)
     traces = random_traces([70, 45])
     recorder = Recorder(model, traces)
-    result = rollout(Random(), traces, model=model, budget=20, interval=8, on_eviction=recorder)
+    result = rollout(Mixed(*needs), traces, model=model, budget=20, interval=8, on_eviction=recorder)
     for row, trace in enumerate(traces):
         expected = masked_run(model, trace.tokens, recorder.of(row, trace)).losses
         assert (losses_of(result, row, trace) - expected).abs().mean() < 0.05

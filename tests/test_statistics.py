@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from kvenv.attention import use_kvenv_attention
-from kvenv.rollout import rollout
+from kvenv.layerwise import rollout
 from kvenv.rotary import Rotary
 from kvenv.state import LayerState, Protection
 from kvenv.statistics import newest
