@@ -111,3 +111,4 @@ register("expected-attention", _lazy("agents.expected_attention", "ExpectedAtten
 register("vase", _lazy("agents.vase", "VaSE"))
 register("golden", _lazy("agents.golden", "Golden"))
 register("golden-expected", _lazy("agents.golden", "GoldenExpected"))
+register_type("scorer", _lazy("agents.scorer", "load_policy"))

@@ -1,0 +1,184 @@
+"""A learned policy: one small MLP per (layer, KV head) that scores cached pairs (ForesightKV, arXiv 2602.03203)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from agents.base import Policy
+from kvenv.features import feature_set
+from kvenv.files import write_atomic
+from kvenv.state import LayerState
+
+DESCRIPTION, WEIGHTS = "policy.json", "policy.safetensors"
+
+
+class Scorer(nn.Module):
+    """F features -> hidden GELU units -> 1 score, with weights of its own for every (layer, KV head).
+
+    Inputs are squashed and standardised per (layer, head, feature) with constants that :meth:`calibrate` takes from
+    data. Unlike a normalisation over features this keeps the norms of keys and values, and the inverse hyperbolic sine
+    keeps both small and large attention statistics apart.
+
+    Parameters
+    ----------
+    layers, heads, features : int
+        L, H, F.
+    hidden : int
+        Units of the hidden layer; the paper's code has 16.
+    """
+
+    centre: Tensor
+    scale: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, layers: int, heads: int, features: int, hidden: int = 16) -> None:
+        super().__init__()
+        self.shape = (layers, heads, features, hidden)
+        self.first = nn.Parameter(torch.randn(layers, heads, features, hidden) * features**-0.5)
+        self.first_bias = nn.Parameter(torch.zeros(layers, heads, 1, hidden))
+        self.second = nn.Parameter(torch.randn(layers, heads, hidden, 1) * hidden**-0.5)
+        for name, value in (("centre", 0.0), ("scale", 1.0), ("mean", 0.0), ("deviation", 1.0)):
+            self.register_buffer(name, torch.full((layers, heads, 1, features), value))
+
+    @torch.no_grad()
+    def calibrate(self, features: Tensor, filled: Tensor) -> None:
+        """Set the input constants from data.
+
+        Parameters
+        ----------
+        features : Tensor (N, L, H, C, F)
+            Features of the slots of a few decisions.
+        filled : Tensor (N, L, H, C) bool
+            Slots that hold a pair, the same number in every (layer, head) of a row.
+        """
+        layers, heads, width, _ = self.shape
+        rows = features.float().permute(1, 2, 0, 3, 4).reshape(layers, heads, -1, width)
+        chosen = filled.permute(1, 2, 0, 3).reshape(layers, heads, -1)
+        x = rows[chosen].view(layers, heads, -1, width)
+        spread = x.std(dim=2, keepdim=True).clamp(min=1e-6)
+        self.centre.copy_(x.median(dim=2, keepdim=True).values)
+        distance = (x - self.centre).abs().median(dim=2, keepdim=True).values
+        # A statistic that is mostly zero has no median distance: a part of its spread stands in.
+        self.scale.copy_(torch.maximum(distance, 0.01 * spread))
+        squashed = torch.asinh((x - self.centre) / self.scale)
+        self.mean.copy_(squashed.mean(dim=2, keepdim=True))
+        self.deviation.copy_(squashed.std(dim=2, keepdim=True).clamp(min=1e-3))
+
+    def forward(self, features: Tensor, layer: int | None = None) -> Tensor:
+        """Score pairs.
+
+        Parameters
+        ----------
+        features : Tensor (N, L, H, C, F), or (N, H, C, F) of one layer
+            Raw features.
+        layer : int, optional
+            The layer, if only one is given.
+
+        Returns
+        -------
+        Tensor (N, L, H, C), or (N, H, C)
+            Higher means keep.
+        """
+        at = slice(None) if layer is None else layer
+        squashed = torch.asinh((features.float() - self.centre[at]) / self.scale[at])
+        x = (squashed - self.mean[at]) / self.deviation[at]
+        hidden = nn.functional.gelu(x @ self.first[at] + self.first_bias[at])
+        return (hidden @ self.second[at]).squeeze(-1)
+
+
+class ScorerPolicy(Policy):
+    """A :class:`Scorer` over one of the environment's feature sets, as a policy that saves and loads.
+
+    Parameters
+    ----------
+    scorer : Scorer
+        The network.
+    features : str
+        Name of the feature set it was built for.
+    name : str
+        What tables call it.
+    training : dict, optional
+        How it was made; JSON-able, saved with it.
+    """
+
+    def __init__(
+        self, scorer: Scorer, features: str, name: str = "scorer", training: dict[str, Any] | None = None
+    ) -> None:
+        self.scorer, self.features, self.name, self.training = scorer, features, name, training or {}
+        self._set = feature_set(features)
+        self.needs = self._set.needs
+
+    @torch.no_grad()
+    def __call__(self, state: LayerState) -> Tensor:
+        """Return the scores (N, H, C) of one layer's pairs.
+
+        Raises
+        ------
+        ValueError
+            If the model isn't of the shape that the scorer was built for.
+        """
+        features = self._set.compute(state)
+        layers, heads, width, _ = self.scorer.shape
+        if state.layer >= layers or features.shape[1] != heads or features.shape[-1] != width:
+            raise ValueError(
+                f"policy {self.name!r} was trained for {layers} layers x {heads} KV heads with {width} features; "
+                f"layer {state.layer} of this model has {features.shape[1]} heads with {features.shape[-1]}"
+            )
+        return self.scorer(features, state.layer)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``policy.json`` and ``policy.safetensors``; the description last, so that it never lies."""
+        target = Path(directory)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.scorer.state_dict().items()}
+        write_atomic(target / WEIGHTS, save(tensors))
+        description = {
+            "type": "scorer",
+            "name": self.name,
+            "features": self.features,
+            "shape": list(self.scorer.shape),
+            "training": self.training,
+        }
+        write_atomic(target / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], device: str = "cpu") -> ScorerPolicy:
+        """Read a policy that :meth:`save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If a file is malformed, or the weights don't fit the description.
+        FileNotFoundError
+            If one is missing.
+        """
+        source = Path(directory)
+        try:
+            description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
+            shape: Sequence[int] = description["shape"]
+            layers, heads, features, hidden = (int(size) for size in shape)
+            scorer = Scorer(layers, heads, features, hidden)
+            name, feature_names = str(description["name"]), str(description["features"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{source / DESCRIPTION} is not a scorer's description: {error}") from error
+        weights = source / WEIGHTS
+        try:
+            scorer.load_state_dict(load(weights.read_bytes()))
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # safetensors and torch raise their own kinds for what isn't theirs
+            raise ValueError(f"{weights} doesn't hold this scorer's weights: {error}") from error
+        return cls(scorer.to(device).eval(), feature_names, name, description.get("training"))
+
+
+def load_policy(directory: str | os.PathLike[str], device: str = "cpu") -> ScorerPolicy:
+    """Return the policy saved in a directory; what :func:`agents.make` calls."""
+    return ScorerPolicy.load(directory, device)
