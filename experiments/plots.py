@@ -64,12 +64,19 @@ def plot_losses(cells: Sequence[Cell], path: Path) -> None:
 
 
 def plot_story(story: Story, title: str, path: Path) -> None:
-    """Draw what is kept at every decision, where golden disagrees, and the loss of every token; as PNG."""
+    """Draw what is kept at every decision, where golden disagrees, and the loss of every token; as PNG.
+
+    Raises
+    ------
+    ValueError
+        If there was no decision.
+    """
+    _check_decisions(story, title)
     figure = Figure(figsize=(13, 8), layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=(2, 1))
     held = figure.add_subplot(grid[0])
     # Tokens that a decision could not see yet stay blank.
-    seen = np.arange(len(story.words)) < np.array(story.decisions)[:, None] if story.decisions else story.kept > 0
+    seen = np.arange(len(story.words)) < np.array(story.decisions)[:, None]
     image = held.imshow(np.where(seen, story.kept, np.nan), aspect="auto", interpolation="nearest", vmin=0, vmax=1)
     decision, token = np.nonzero(story.disagreement >= DISAGREES)
     held.plot(token, decision, "r.", markersize=1.5, label=f"golden disagrees in {DISAGREES:.0%} of the heads or more")
@@ -102,13 +109,22 @@ def animate_story(story: Story, title: str, path: Path) -> None:
 
     A line holds one window. Colour says how many heads keep a token, a red frame that golden disagrees, red text
     that the loss of a token just fed rose.
+
+    Raises
+    ------
+    ValueError
+        If there was no decision.
     """
+    _check_decisions(story, title)
     frames = [_frame(story, number, stop, title) for number, _, stop in story.windows()]
-    if not frames:
-        raise ValueError(f"nothing is evicted ({title}): there is nothing to animate, save a .png")
     data = io.BytesIO()
     frames[0].save(data, format="GIF", save_all=True, append_images=frames[1:], duration=600, loop=0)
     write_atomic(path, data.getvalue())
+
+
+def _check_decisions(story: Story, title: str) -> None:
+    if not story.decisions:
+        raise ValueError(f"{title}: nothing is evicted, so there is no picture of it")
 
 
 def _frame(story: Story, number: int, stop: int, title: str) -> Image.Image:

@@ -58,6 +58,9 @@ class Args:
 
 def print_story(story: Story, console: Console) -> None:
     """Print a story window by window: what is held of the text before, then the window's tokens with their losses."""
+    if not story.decisions:
+        console.print("Nothing is evicted.")
+        return
     console.print(_legend())
     for number, start, stop in story.windows():
         lost = float((story.nll - story.full_nll)[start + 1 : stop + 1].sum())
@@ -111,6 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_model(args.model, dtype=args.dtype, device=args.device)
     loaded.check_length(args.trace_length)
     source = load_traces(args.traces, split=args.split, tokenizer=loaded.tokenizer, trace_length=args.trace_length)
+    try:
+        trace = source[args.trace]
+    except IndexError as error:
+        raise ValueError(str(error)) from error
     story = follow(
         policy,
         source,
@@ -123,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
     )
     console = Console()
-    title = f"{args.policy} on {source[args.trace].name}, budget {args.budget}"
+    title = f"{args.policy} on {trace.name}, budget {args.budget}"
     console.print(title, style="bold", highlight=False)
     print_story(story, console)
     if args.out is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvenv.golden import expected_future, future_attention
-from kvenv.layerwise import Policy, rollout
+from kvenv.layerwise import Policy, check_budget, rollout
 from kvenv.lookahead import CONTINUATIONS
 from kvenv.ranking import eviction_order
 from kvenv.state import LayerState, Protection
@@ -54,7 +54,7 @@ class Story:
 
     def windows(self) -> Iterator[tuple[int, int, int]]:
         """Yield (decision's number, start, stop) of the tokens fed after each decision."""
-        stops = [*self.decisions[1:], len(self.words)]
+        stops = [*self.decisions, len(self.words)][1:]
         for number, (start, stop) in enumerate(zip(self.decisions, stops, strict=True)):
             yield number, start, stop
 
@@ -122,6 +122,7 @@ def follow(
         If the budget is impossible, or the trace can't be continued and the policy needs that.
     """
     trace = source[trace_id]
+    check_budget(budget, protection, trace, interval)
     length, anchor = len(trace.tokens), budget + interval
     future, losses, batch = future_attention(model, [trace.tokens], interval=interval, anchors=anchor)
     full = batch.by_position(losses.nll, length - 1)[0]
