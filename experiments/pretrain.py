@@ -44,7 +44,7 @@ class Arguments:
     """Seeds the weights and the data."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """PyTorch device; on CUDA the forward pass runs in bfloat16 autocast."""
-    layers: int = 4
+    layers: int = 5
     """Decoder layers."""
     hidden: int = 192
     """Width of the residual stream."""
@@ -66,7 +66,7 @@ class Arguments:
     """Weight of the mean loss over the tokens that are no answers, where the answers' is 1."""
     scale: float = 1.0
     """Multiplies the most steps of every lesson but the last."""
-    final_steps: int = 12000
+    final_steps: int = 10000
     """Steps of the last lesson, over which the learning rate decays."""
     max_minutes: float = 0.0
     """Stop with a checkpoint after this many minutes; 0 means never."""

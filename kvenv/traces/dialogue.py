@@ -10,9 +10,9 @@ from kvenv.traces.tracking import Held
 from kvenv.traces.words import PEOPLE, PLACES, Pool, phrasings
 
 GROUP, OUTSIDERS = 3, 3  # people whose wishes are asked, people whose wishes never are
-OPEN = (1, 3)  # open places: at least, at most
-FILLER, ASK, CLOSE, OPENING = 0.20, 0.30, 0.06, 0.08  # shares of the sentences; the rest tell or change a wish
-OUTSIDER = 0.42  # share of the wishes that are outsiders'
+OPEN = (2, 4)  # open places: at least, at most
+FILLER, ASK, CLOSE, OPENING = 0.12, 0.27, 0.05, 0.08  # shares of the sentences; the rest tell or change a wish
+OUTSIDER = 0.5  # share of the wishes that are outsiders'
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Dialogue(Family):
         "open": phrasings("{q} :", "|well|right|sure", "on to|next is|think of|speak of", "the {t}", "|now|then|please", "."),
         "close": phrasings("{q} :", "|well|right|sure", "enough of|done with|forget|leave", "the {t}", "|now|then|please", "."),
         "tell": phrasings(
-            "{q} :", "|well|right|sure", "for the {t}|at the {t}|in the {t}", "{p}", "|now|still", "wants|picks|grabs|needs", "{v} ."
+            "{q} :", "for the {t}|at the {t}|in the {t}", "{p}", "|now|still|also", "wants|picks|grabs|needs", "{v} ."
         ),
         "ask": phrasings(
             "{q} :",
