@@ -133,7 +133,8 @@ class EvictingCache(HandedCache):
             self._insert(layer, key[:, :, start:stop], value[:, :, start:stop], block_positions, block_valid)
             outputs.append(self._attend(layer, query[:, :, :, start:stop], block_positions, block_valid, scaling))
         if layer == self.num_layers - 1:
-            self.next_position = torch.maximum(self.next_position, torch.where(valid, positions, -1).amax(dim=1) + 1)
+            fed = torch.where(valid, positions, -1).amax(dim=1) + 1
+            self.next_position.copy_(torch.maximum(self.next_position, fed))
             self._fed = None
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
         return output.flatten(1, 2)

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvenv.attention import HandedCache
 from kvenv.cache import EvictingCache
 from kvenv.decode import Losses, collate, feed, read
+from kvenv.features import FeatureSet, Observation, observation_nbytes, refuse_what_cannot_fit
 from kvenv.golden import Reduce
 from kvenv.layerwise import check_budget
 from kvenv.lookahead import KINDS, FullRows, FutureRows, Kind
@@ -46,13 +48,13 @@ class Dynamics:
         Evict every W tokens, or once after the prompt.
     protection : Protection
         Pairs that are never evicted.
-    needs : collection of str
-        Optional parts of :class:`~kvenv.state.LayerState` to follow.
+    features : FeatureSet
+        What observations hold.
 
     Raises
     ------
     ValueError
-        If no trace of that length can be decoded with that budget.
+        If no trace of that length can be decoded with that budget, or the observations don't fit in memory.
     """
 
     def __init__(
@@ -66,14 +68,19 @@ class Dynamics:
         interval: int,
         schedule: str,
         protection: Protection,
-        needs: Collection[str] = (),
+        features: FeatureSet,
     ) -> None:
         self.loaded, self.model, self.source = loaded, loaded.model, source
         self.rows, self.trace_length, self.budget, self.interval = rows, trace_length, budget, interval
-        self.periodic, self.protection, self.needs = schedule == "periodic", protection, frozenset(needs) & FOLLOWED
+        self.periodic, self.protection, self.needs = schedule == "periodic", protection, features.needs & FOLLOWED
         self._check_arguments()
         self.capacity = budget + interval if self.periodic else source.max_prompt_length
         self._check_capacity()
+        self.features = features
+        shape = HandedCache(self.model)
+        width = features.width(shape.head_dim, shape.groups)
+        self.feature_shape = (shape.num_layers, shape.kv_heads, self.capacity, width)
+        refuse_what_cannot_fit(rows, observation_nbytes(*self.feature_shape), features.name)
         self.cache = self._new_cache(rows, self.capacity)
         self.counters = Counters.blank(rows)
         device, columns = self.model.device, trace_length + interval + 1
@@ -155,6 +162,10 @@ class Dynamics:
         else:
             self.finished.fill_(True)
         return window, evicted
+
+    def observe(self) -> Observation:
+        """Return the observation of every row."""
+        return self.features.observe(self.cache)
 
     def truncate(self, rows: np.ndarray) -> None:
         """End the episodes of some rows (indices) before their traces end."""

@@ -106,7 +106,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         self.features, self.reward, self.full_metrics = features, reward, full_metrics
         self.max_episode_steps = max_episode_steps
         self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode(self.autoreset_mode)}
-        self._features = feature_sets.feature_set(features)
+        feature_set = feature_sets.feature_set(features)
         self._reward = REWARDS.get(reward)
         loaded = load_model(model, dtype=dtype, device=device)
         source = load_traces(
@@ -121,12 +121,17 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             interval=interval,
             schedule=schedule,
             protection=Protection(sinks, recent, protect_prompt),
-            needs=self._features.needs,
+            features=feature_set,
         )
         self._make_spaces()
         self._generators: tuple[np.random.Generator, ...] = ()
         self._seeds: tuple[int, ...] = ()
         self._begun = np.zeros(num_envs, np.int64)
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int, int]:
+        """L, H, C, F."""
+        return self.dynamics.feature_shape
 
     @property
     def observation_nbytes(self) -> int:
@@ -196,7 +201,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         )
         info = self._episode_info()
         info |= _masked({"active": ~self.dynamics.counters.finished}, np.ones(self.num_envs, np.bool_))
-        return self._present(self._observe()), info
+        return self._present(self.dynamics.observe()), info
 
     def step(self, actions: Array) -> tuple[dict[str, Array], Array, Array, Array, dict[str, Any]]:
         """Evict by the order of ``actions`` (N, L, H, C), decode a window, pay for it.
@@ -238,7 +243,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         else:
             terminated, truncated = self._flags()
         info = self._episode_info() | info | _masked({"active": ~idle}, np.ones(self.num_envs, np.bool_))
-        return self._present(self._observe()), reward, terminated, truncated, info
+        return self._present(self.dynamics.observe()), reward, terminated, truncated, info
 
     def layer_states(self, needs: Collection[str] = (), reduce: Reduce = "max") -> Iterator[LayerState]:
         """Return what a policy sees at the current decision of every row, layer by layer.
@@ -283,7 +288,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         for generator, state in zip(self.np_random, snapshot.generators, strict=True):
             generator.bit_generator.state = state
         self._begun, self._seeds = snapshot.begun.copy(), snapshot.seeds
-        return self._present(self._observe())
+        return self._present(self.dynamics.observe())
 
     def render(self) -> tuple[Any, ...] | None:
         """Return one frame per row: a str (``ansi``) or an array (``rgb_array``), heads × positions."""
@@ -300,11 +305,8 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         )
 
     def _make_spaces(self) -> None:
-        """Make the spaces; refuse what memory can't hold first."""
-        cache, largest = self.dynamics.cache, np.finfo(np.float32).max
-        shape = (cache.num_layers, cache.kv_heads, self.dynamics.capacity)
-        self.feature_shape: tuple[int, int, int, int] = (*shape, self._features.width(cache.head_dim, cache.groups))
-        feature_sets.refuse_what_cannot_fit(self.num_envs, self.observation_nbytes, self.features)
+        """Make the spaces."""
+        largest, shape = np.finfo(np.float32).max, self.feature_shape[:3]
         self.single_observation_space = spaces.Dict(
             {
                 "features": spaces.Box(-largest, largest, self.feature_shape, np.float32),
@@ -415,10 +417,6 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         truncated = torch.as_tensor(now.truncated.copy(), device=finished.device)
         return finished & ~truncated, truncated
 
-    def _observe(self) -> dict[str, Tensor]:
-        """Return the observation on the device."""
-        return self._features.observe(self.dynamics.cache)
-
     def _present(self, tensors: dict[str, Tensor]) -> dict[str, Array]:
         """Return tensors as this environment's kind of array."""
         return tensors if self.output == "torch" else {name: x.cpu().numpy() for name, x in tensors.items()}
@@ -443,7 +441,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
 
     def _finish(self, ended: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
         """Move what belongs to rows that ended into ``final_obs`` and ``final_info``."""
-        observation = self._present(self._observe())
+        observation = self._present(self.dynamics.observe())
         final = np.full(self.num_envs, None, dtype=object)
         for row in np.flatnonzero(ended):
             final[row] = {name: value[row] for name, value in observation.items()}

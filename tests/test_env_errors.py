@@ -1,0 +1,222 @@
+"""Mistakes: each a clear error that names argument and value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.error import ResetNeeded
+
+import kvenv
+from kvenv.features import refuse_what_cannot_fit
+from kvenv.registry import TRACES
+from tests.environments import ARGUMENTS, LENGTH, ragged, single, vector
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"model": "nowhere"}, r"unknown model 'nowhere': known are tiny, .*random-float64"),
+    ({"traces": "nothing"}, r"unknown traces 'nothing': known are recall, .*ragged"),
+    ({"split": "dev"}, r"split 'dev'.*train, validation, test"),
+    ({"features": "foo"}, r"unknown features 'foo': known are kv, foresight, stats"),
+    ({"reward": "foo"}, r"unknown reward 'foo': known are lm_loss, lm_loss_increase, foresight"),
+    ({"schedule": "often"}, r"unknown schedule 'often': known are periodic, prefill"),
+    ({"render_mode": "human"}, r"unknown render_mode 'human': known are None, ansi, rgb_array"),
+    ({"dtype": "int4"}, r"dtype 'int4' is unknown"),
+    ({"interval": 0}, r"interval must be an integer of at least 1, not 0"),
+    ({"interval": 1.5}, r"interval must be an integer of at least 1, not 1.5"),
+    ({"budget": 0}, r"budget must be an integer of at least 1, not 0"),
+    ({"sinks": -1}, r"sinks must be an integer of at least 0, not -1"),
+    ({"recent": -1}, r"recent must be an integer of at least 0, not -1"),
+    ({"budget": 5}, r"budget 5 is less than the protected pairs, sinks 2 \+ recent 4"),
+    ({"trace_length": 27}, r"trace_length 27 is too short: .*26 an episode needs at least 28"),
+    ({"trace_length": 4096}, r"trace_length 4096 exceeds the 2048 positions of model 'random-float64'"),
+    ({"schedule": "prefill", "budget": 32}, r"budget 32 holds the longest prompt of 'ragged', 32 tokens"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[str(changes) for changes, _ in WRONG])
+def test_impossible_arguments(changes: dict[str, Any], message: str) -> None:
+    for make in (single, vector):
+        with pytest.raises(ValueError, match=message):
+            make(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"autoreset_mode": "Sometimes"},
+            r"unknown autoreset_mode 'Sometimes': known are NextStep, SameStep, Disabled",
+        ),
+        ({"output": "jax"}, r"unknown output 'jax': known are numpy, torch"),
+        ({"num_envs": 0}, r"num_envs 0 is impossible"),
+        ({"max_episode_steps": 0}, r"max_episode_steps 0 is impossible"),
+    ],
+)
+def test_impossible_arguments_of_the_vector_environment(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vector(**changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"foo": 1}, r"unknown option 'foo': known are trace, budget, rollout, reset_mask"),
+        ({"budget": 21}, r"option budget 21 exceeds the environment's budget 20"),
+        ({"budget": 5}, r"budget 5 is less than the 6 protected pairs of trace 'ragged/train/\d+'"),
+        ({"trace": -1}, r"trace -1 of 'ragged' \(train\) does not exist"),
+        ({"trace": "first"}, r"trace must be an integer or 3 of them, not 'first'"),
+        ({"trace": [0, 1]}, r"trace must be an integer or 3 of them, not \[0, 1\]"),
+        ({"reset_mask": [True, True, True]}, r"reset_mask must be a numpy bool array of shape \(3,\)"),
+        ({"reset_mask": np.zeros(3, np.bool_)}, r"reset_mask must be a numpy bool array of shape \(3,\) with a True"),
+    ],
+)
+def test_impossible_options(options: dict[str, Any], message: str) -> None:
+    env = vector(3)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=message):
+        env.reset(options=options)
+
+
+def test_a_first_reset_must_reset_all_rows() -> None:
+    with pytest.raises(ValueError, match="never reset"):
+        vector(2).reset(options={"reset_mask": np.array([True, False])})
+    with pytest.raises(ValueError, match="seed must be an integer or 2 of them"):
+        vector(2).reset(seed=[1, 2, 3])
+
+
+@pytest.mark.parametrize("output", ["numpy", "torch"])
+def test_wrong_actions(output: str) -> None:
+    env = vector(2, output=output)
+    env.reset(seed=0)
+    action = np.zeros(env.action_space.shape, np.float32)
+    for wrong in (action[:1], action[..., :-1], action.reshape(2, -1), np.float32(0)):
+        with pytest.raises(ValueError, match=r"actions have shape .*: \(2, 2, 2, 26\) \(N, L, H, C\) was expected"):
+            env.step(torch.as_tensor(wrong) if output == "torch" else wrong)
+    action[1, 0, 1, 0] = np.nan
+    for given in (action, torch.as_tensor(action)):
+        with pytest.raises(ValueError, match="actions contain NaN"):
+            env.step(given)
+    before = env.dynamics.counters.position.copy()
+    assert (before == 26).all(), "a refused action took a step"
+
+
+def test_wrong_actions_of_the_single_environment() -> None:
+    env = single()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"action has shape \(3,\): \(2, 2, 26\) \(L, H, C\) was expected"):
+        env.step(np.zeros(3))
+    with pytest.raises(ValueError, match="NaN"):
+        env.step(np.full(env.action_space.shape, np.nan))
+
+
+def test_stepping_what_is_over_or_has_not_begun() -> None:
+    env = single()
+    action = env.action_space.sample()
+    with pytest.raises(ResetNeeded, match="call reset before step"):
+        env.step(action)
+    with pytest.raises(ResetNeeded, match="call reset before layer_states"):
+        env.layer_states()
+    env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        terminated = env.step(action)[2]
+    with pytest.raises(ResetNeeded, match="the episode is over"):
+        env.step(action)
+    many = vector(2)
+    with pytest.raises(ResetNeeded, match="call reset before step"):
+        many.step(many.action_space.sample())
+
+
+def traces_of(tokens: np.ndarray, prompt_length: int = 0) -> str:
+    """Register a trace source that always gives these tokens."""
+    name = f"fixed-{len(TRACES.names())}"
+    kvenv.register_traces(name, lambda trace_id, **_: kvenv.Trace(tokens, prompt_length, (), "fixed"))
+    return name
+
+
+@pytest.mark.parametrize(
+    ("length", "prompt", "changes", "message"),
+    [
+        (27, 0, {}, r"trace 'fixed' has 27 tokens: with budget 20 and interval 6 it needs at least 28"),
+        (LENGTH + 1, 0, {}, rf"trace 'fixed' has {LENGTH + 1} tokens, more than trace_length {LENGTH}"),
+        (
+            40,
+            18,
+            {"protect_prompt": True},
+            r"budget 20 is less than the 22 protected pairs of trace 'fixed'.*prompt 18",
+        ),
+        (40, 30, {"schedule": "prefill", "protect_prompt": True}, r"budget 20 is less than the 34 protected pairs"),
+        (31, 30, {"schedule": "prefill"}, r"trace 'fixed' has 31 tokens: with a prompt of 30 it needs at least 32"),
+    ],
+)
+def test_impossible_traces(length: int, prompt: int, changes: dict[str, Any], message: str) -> None:
+    env = single(traces=traces_of(np.full(length, 5), prompt), **changes)
+    with pytest.raises(ValueError, match=message):
+        env.reset(seed=0)
+
+
+def test_a_prompt_longer_than_the_longest_of_the_split() -> None:
+    def growing(trace_id: int, **arguments: Any) -> kvenv.Trace:
+        own = ragged(0, split="train", trace_length=LENGTH, tokenizer=None)
+        return kvenv.Trace(own.tokens, 40 if trace_id > 31 else 30, (), f"growing/{trace_id}")
+
+    if "growing" not in TRACES:
+        kvenv.register_traces("growing", growing)
+    env = single(traces="growing", schedule="prefill")
+    env.reset(seed=0, options={"trace": 31})
+    with pytest.raises(ValueError, match=r"trace 'growing/32' has a prompt of 40 tokens: .* the 30 slots"):
+        env.reset(options={"trace": 32})
+
+
+def test_tokens_that_the_model_does_not_know() -> None:
+    with pytest.raises(ValueError, match=r"token ids 3 to 64: model 'random-float64' knows 0 to 63"):
+        single(traces=traces_of(np.arange(3, 65)), trace_length=62).reset(seed=0)
+
+
+def test_needs_that_were_not_followed() -> None:
+    env = single()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"needs names unknown \['foo'\]: known are stats"):
+        env.layer_states({"foo"})
+    env.step(env.action_space.sample())
+    with pytest.raises(ValueError, match=r"needs \['queries'\] must be followed from the first token on"):
+        env.layer_states({"queries", "noise", "future"})
+    env.reset()
+    env.track({"queries"})
+    env.step(env.action_space.sample())
+    assert next(iter(env.layer_states({"queries"}))).queries is not None
+
+
+def test_foreign_snapshots() -> None:
+    env = single()
+    env.reset(seed=0)
+    snapshot = env.snapshot()
+    with pytest.raises(ValueError, match=r"taken with budget=20, this environment has 19"):
+        single(budget=19).restore(snapshot)
+    with pytest.raises(ValueError, match=r"taken with rows=1, this environment has 2"):
+        vector(2).restore(snapshot)
+    with pytest.raises(ValueError, match=r"taken with split='train', this environment has 'test'"):
+        single(split="test").restore(snapshot)
+    snapshot.tensors["keys"] = snapshot.tensors["keys"][..., :3]
+    with pytest.raises(ValueError, match=r"the snapshot's keys has shape .*, this environment's"):
+        env.restore(snapshot)
+
+
+def test_observations_that_cannot_fit_are_refused() -> None:
+    refuse_what_cannot_fit(4, 10**6, "kv")
+    with pytest.raises(
+        ValueError, match=r"observations of features 'kv' take 425.0 MB a row, .*choose features='stats'"
+    ):
+        refuse_what_cannot_fit(10**6, 425 * 10**6, "kv")
+    with pytest.raises(ValueError, match=r"observations of features 'kv' take .* for 1000000000 rows"):
+        gym.make_vec("KVEvict-v0", num_envs=10**9, **ARGUMENTS)
+
+
+def test_rendering_without_a_mode_warns() -> None:
+    env = single()
+    env.reset(seed=0)
+    with pytest.warns(UserWarning, match="without a render_mode"):
+        assert env.render() is None
