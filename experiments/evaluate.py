@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich import box
@@ -21,7 +22,7 @@ from kvenv.files import write_atomic
 from kvenv.layerwise import Policy
 from kvenv.models import load_model
 from kvenv.state import Protection
-from kvenv.traces import load_traces
+from kvenv.traces import TraceSource, load_traces
 
 SCALARS = ("answer_loss", "answer_accuracy", "low_entropy_increase", "agreement_with_golden")
 """What goes to TensorBoard, with the budget as step."""
@@ -80,8 +81,8 @@ class Args:
         return Protection(self.sinks, self.interval if self.recent is None else self.recent, self.protect_prompt)
 
 
-def make_policies(names: Sequence[str]) -> dict[str, Policy | None]:
-    """Return the policies by the name they were asked for; None stands for the full cache.
+def make_policies(names: Sequence[str], device: str) -> dict[str, Policy | None]:
+    """Return the policies by the name they were asked for, learned ones on ``device``; None is the full cache.
 
     Raises
     ------
@@ -94,40 +95,26 @@ def make_policies(names: Sequence[str]) -> dict[str, Policy | None]:
             raise ValueError(
                 f"unknown policy {name!r}: known are {', '.join(known)}, or a directory with a policy.json"
             )
-    return {name: None if name == FULL else agents.make(name) for name in names}
+    policies: dict[str, Policy | None] = {}
+    for name in names:
+        on_device = {} if name in known else {"device": device}
+        policies[name] = None if name == FULL else agents.make(name, **on_device)
+    return policies
 
 
 def measure(args: Args) -> list[Row]:
     """Evaluate as ``args`` say and write results.json after every batch of traces."""
+    _check(args)
     loaded = load_model(args.model, dtype=args.dtype, device=args.device)
     loaded.check_length(args.trace_length)
-    policies = make_policies(args.policies)
-    if args.score_from is not None and args.score_from < max(args.budgets, default=0) + args.interval:
-        raise ValueError(
-            f"score_from {args.score_from} is below the largest budget plus interval: choose at least "
-            f"{max(args.budgets) + args.interval}"
-        )
-    if args.first_trace < 0:
-        raise ValueError(f"first_trace {args.first_trace} must be at least 0")
+    policies = make_policies(args.policies, args.device)
     rows: list[Row] = []
     for name in args.traces:
-        source = load_traces(
-            name,
-            split=args.split,
-            tokenizer=loaded.tokenizer,
-            trace_length=args.trace_length,
-            schedule=args.schedule,
-        )
-        stop = args.first_trace + args.num_traces
-        if source.size is not None and stop > source.size:
-            raise ValueError(
-                f"traces {name!r} are {source.size}: --first-trace {args.first_trace} and --num-traces "
-                f"{args.num_traces} ask for more"
-            )
-        batches = evaluate(
+        source = _source(args, name, loaded.tokenizer)
+        cells = evaluate(
             policies,
             source,
-            range(args.first_trace, stop),
+            range(args.first_trace, args.first_trace + args.num_traces),
             model=loaded.model,
             budgets=args.budgets,
             interval=args.interval,
@@ -137,10 +124,38 @@ def measure(args: Args) -> list[Row]:
             score_from=args.score_from,
             batch_size=args.batch_size,
         )
-        for batch in track(batches, f"evaluating on {name}", total=-(-args.num_traces // args.batch_size)):
-            rows += batch
-            write_rows(rows, args.out / "results.json")
+        # Written only when all policies ran on the same traces: what a killed run leaves can be compared, too.
+        a_batch = len(args.budgets) * len(policies)
+        total = a_batch * -(-args.num_traces // max(1, args.batch_size))
+        for number, cell in enumerate(track(cells, f"evaluating on {name}", total=total), start=1):
+            rows += cell
+            if number % a_batch == 0:
+                write_rows(rows, args.out / "results.json")
     return rows
+
+
+def _check(args: Args) -> None:
+    """Refuse what only the command knows to be wrong."""
+    if args.first_trace < 0:
+        raise ValueError(f"first_trace {args.first_trace} must be at least 0")
+    least = max(args.budgets, default=0) + args.interval
+    if args.schedule == "periodic" and args.score_from is not None and args.score_from < least:
+        raise ValueError(
+            f"score_from {args.score_from} is below the largest budget plus interval: choose {least} or more"
+        )
+
+
+def _source(args: Args, name: str, tokenizer: Any) -> TraceSource:
+    """Return the traces of a name, which must be enough."""
+    source = load_traces(
+        name, split=args.split, tokenizer=tokenizer, trace_length=args.trace_length, schedule=args.schedule
+    )
+    if source.size is not None and args.first_trace + args.num_traces > source.size:
+        raise ValueError(
+            f"traces {name!r} are {source.size}: --first-trace {args.first_trace} and --num-traces {args.num_traces} "
+            "ask for more"
+        )
+    return source
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:

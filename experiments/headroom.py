@@ -51,7 +51,7 @@ class Args:
     model: str = "tiny"
     """The LLM: "tiny", a directory, a hub id or a registered name."""
     batch_size: int = 16
-    """Traces decoded side by side; golden-expected reads 16 continuations of each at once."""
+    """Traces decoded side by side, an eighth of them for golden-expected, which reads 16 continuations of each."""
     device: str = "cpu"
     """PyTorch device."""
     dtype: str = "float32"
@@ -146,7 +146,10 @@ def measure(args: Args) -> tuple[list[Row], dict[str, float]]:
     others = evaluate.Args(**options, budgets=(args.budget,), policies=policies)
     runs = {"others": others}
     if expected:
-        runs["golden-expected"] = replace(others, policies=("golden-expected",))
+        batch_size = max(1, args.batch_size // 8)
+        runs["golden-expected"] = replace(
+            others, policies=("golden-expected",), batch_size=batch_size, out=args.out / "golden-expected"
+        )
     rows: list[Row] = []
     seconds = {}
     for name, run in runs.items():

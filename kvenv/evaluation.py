@@ -86,7 +86,7 @@ def evaluate(
     score_from: int | None = None,
     batch_size: int = 16,
 ) -> Iterator[list[Row]]:
-    """Run policies on traces and yield the rows of one batch of traces after another.
+    """Run policies on traces and yield rows as they come: one batch of traces after another, one policy at a time.
 
     What doesn't depend on the policy is computed once a batch: full-cache losses and golden utilities, again only for
     budgets whose windows are aligned differently. Policies without noise run once, whatever the number of seeds.
@@ -116,7 +116,7 @@ def evaluate(
     Yields
     ------
     list of Row
-        By budget, policy, trace and seed.
+        Of one batch, budget and policy (in that order), by trace and seed.
 
     Raises
     ------
@@ -134,8 +134,9 @@ def evaluate(
     setting = _Setting(tuple(budgets), interval, schedule, protection, score_from)
     for start in range(0, len(trace_ids), batch_size):
         batch = _Batch(model, source, trace_ids[start : start + batch_size], setting)
-        cells = [(budget, *policy) for budget in budgets for policy in policies.items()]
-        yield [row for budget, name, policy in cells for row in batch.rows(name, policy, budget, seeds)]
+        for budget in budgets:
+            for name, policy in policies.items():
+                yield list(batch.rows(name, policy, budget, seeds))
 
 
 def kept_fraction(

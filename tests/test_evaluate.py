@@ -133,7 +133,7 @@ def test_golden_expected_shares_its_continuations_between_budgets(monkeypatch: p
     monkeypatch.setattr(traces, "continuations", lambda t, cut, n: asked.append((t, cut)) or original(t, cut, n))
     options = {"model": tiny_model.model, "score_from": 64}
     policies = {"golden-expected": agents.make("golden-expected")}
-    (together,) = evaluate(policies, traces, [3, 4], budgets=(32, 48), **options)
+    together = [row for rows in evaluate(policies, traces, [3, 4], budgets=(32, 48), **options) for row in rows]
     assert asked == [(trace, cut) for trace in (3, 4) for cut in (48, 64, 80)]
     (alone,) = evaluate(policies, traces, [3, 4], budgets=(48,), **options)
     assert [r.lm_loss for r in together if r.budget == 48] == pytest.approx([r.lm_loss for r in alone], abs=1e-5)
@@ -205,7 +205,8 @@ def test_the_command_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_killed_run_leaves_the_finished_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*args, **options) -> Iterator[list[Row]]:
-        yield from list(evaluate(*args, **options))[:1]
+        # Two cells, one for each budget, are the first batch; the third is the second batch's.
+        yield from list(evaluate(*args, **options))[:3]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "evaluate", killed)
@@ -221,7 +222,7 @@ def test_a_killed_run_leaves_the_finished_batches(tmp_path: Path, monkeypatch: p
         (["--traces", "rcall"], "unknown traces 'rcall'"),
         (["--split", "dev"], "unknown split 'dev'"),
         (["--budgets", "8"], "budget 8 is less than the 20 protected"),
-        (["--score-from", "40"], "score_from 40 .* at least 56"),
+        (["--score-from", "40"], "score_from 40 .* choose 56 or more"),
         (["--num-traces", "0"], "at least one"),
         (["--first-trace", "-1"], "first_trace -1"),
         (["--trace-length", "100000"], "trace_length 100000 exceeds"),
