@@ -55,7 +55,19 @@ def random_model(
     for name, parameter in model.named_parameters():
         if "q_norm" in name:  # Qwen3 normalises queries and keys: weights of 1 would leave attention nearly uniform
             torch.nn.init.constant_(parameter, 3.0)
+    if dtype is torch.float64:
+        _norms_in_float64(model)
     return model.eval().requires_grad_(False)
+
+
+def _norms_in_float64(model: PreTrainedModel) -> None:
+    """Replace the RMSNorms, which round to float32 in any model: they hide differences, or blow a last bit up to 1e-8."""
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if type(module).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
+                norm.weight = module.weight
+                setattr(parent, name, norm)
 
 
 def random_tokens(rows: int, length: int, *, vocabulary: int = 64, seed: int = 0) -> torch.Tensor:

@@ -67,7 +67,7 @@ def test_float32_agrees_with_its_masked_reference(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_one_more_evicted_pair_shows(architecture: str) -> None:
-    # RMSNorm rounds to float32 even in float64 models: without this the tolerance of 1e-9 could be blind.
+    # Something in the model that rounds away small differences would make the tolerance of 1e-9 blind.
     model = kvenv_model(architecture)
     trace = random_traces([40])[0]
     lost_at = torch.full((model.config.num_hidden_layers, 2, 39), NEVER)
