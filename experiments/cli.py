@@ -16,6 +16,8 @@ COMMANDS = {
     "show": "show what a policy keeps of one trace, window by window",
     "train": "train an agent",
     "pretrain": "train the bundled LLM anew",
+    "quality": "print how well an LLM answers held-out traces with the full cache",
+    "relevance": "print how little token identity alone tells of what will be asked",
     "headroom": "measure what there is to learn: golden, random and the heuristics on every trace family",
 }
 

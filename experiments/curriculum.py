@@ -22,7 +22,7 @@ PLAIN, ANSWER, IGNORED = 0, 1, 2  # kinds of target tokens
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids (N, T) int64 and the kind of each as a target (N, T) int8; ``family`` is the row's (N,), -1 for pairs."""
+    """Token ids (N, T) int64, the kind of each as a target (N, T) int8, and the rows' family (N,), -1 for pairs."""
 
     tokens: np.ndarray
     kinds: np.ndarray

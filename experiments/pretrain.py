@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from torch.utils.tensorboard import SummaryWriter
 
+from experiments.cli import run
 from experiments.curriculum import ANSWER, PLAIN, Batch, Lesson, curriculum
 from experiments.quality import Arguments as QualityArguments
 from experiments.quality import table
+from experiments.tiny_model import build_model, build_tokenizer
 from kvenv.files import write_atomic
-from kvenv.traces import FAMILIES, tiny_vocabulary
+from kvenv.traces import FAMILIES
 from kvenv.traces.draw import Draw
 
-TINY = Path(__file__).resolve().parent.parent / "kvenv" / "tiny"
-SPECIALS = ("[PAD]", "[UNK]", "<bos>", "<eos>")
-POSITIONS = 4096
+WARM_UP = 200  # steps over which the learning rate rises
+LOG_SECONDS = 10.0  # between two lines of the log
+SIZES = "layers hidden heads kv_heads head_dim mlp tokens".split()
+RECIPE = (*SIZES, "seed", "learning_rate", "weight_decay", "plain_weight", "scale")  # must not change on --resume
 AVERAGED = 50  # steps over which the running answer accuracy is averaged
 
 
@@ -78,47 +81,6 @@ class Arguments:
     """Held-out traces per family and length in the final table."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the bundled LLM's tokenizer: one token per common word and per syllable, characters for the rest."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIALS, *tiny_vocabulary()])}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=1000))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    bos = ("<bos>", vocabulary["<bos>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A $B", special_tokens=[bos])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        model_max_length=POSITIONS,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def build_model(arguments: Arguments, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Return the LLM with random weights."""
-    torch.manual_seed(arguments.seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.mlp,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.kv_heads,
-        head_dim=arguments.head_dim,
-        max_position_embeddings=POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config)
-
-
 class Batches(Dataset):
     """The batches of a lesson by step: equal seeds and steps give equal batches in any process."""
 
@@ -149,7 +111,18 @@ class Pretraining:
         self.arguments = arguments
         self.lessons = curriculum(arguments.scale, arguments.final_steps)
         self.tokenizer = build_tokenizer()
-        self.model = build_model(arguments, self.tokenizer).to(arguments.device)
+        model: Any = build_model(
+            self.tokenizer,
+            seed=arguments.seed,
+            layers=arguments.layers,
+            hidden=arguments.hidden,
+            heads=arguments.heads,
+            kv_heads=arguments.kv_heads,
+            head_dim=arguments.head_dim,
+            mlp=arguments.mlp,
+        )
+        self.model = model.to(arguments.device)
+        self.logged = 0.0
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [
@@ -162,7 +135,7 @@ class Pretraining:
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next step."""
-        rate = self.arguments.learning_rate * min(1.0, (self.at.step + 1) / 200)
+        rate = self.arguments.learning_rate * min(1.0, (self.at.step + 1) / WARM_UP)
         if self.at.lesson == len(self.lessons) - 1:
             share = self.at.lesson_step / self.lessons[-1].steps
             rate *= 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share))
@@ -173,8 +146,9 @@ class Pretraining:
         device = self.arguments.device
         tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
         kinds = torch.from_numpy(batch.kinds).to(device, non_blocking=True)[:, 1:]
+        rate = self.learning_rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = rate
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
             logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1]
         nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
@@ -193,7 +167,7 @@ class Pretraining:
                 "loss/plain": plain_loss.detach(),
                 "accuracy/all": hit.sum() / answer.sum().clamp(min=1),
                 "optimizer/gradient_norm": norm,
-                "optimizer/learning_rate": self.learning_rate(),
+                "optimizer/learning_rate": rate,
             }
             families = torch.from_numpy(batch.family).to(device)
             if batch.family[0] >= 0:
@@ -213,8 +187,8 @@ class Pretraining:
         step = self.at.step
         write_atomic(folder / f"weights-{step}.safetensors", to_safetensors(weights))
         write_atomic(folder / f"moments-{step}.safetensors", to_safetensors(moments))
-        shape = {key: value for key, value in asdict(self.arguments).items() if key in RECIPE}
-        write_atomic(folder / "state.json", json.dumps({"at": asdict(self.at), "arguments": shape}, indent=2))
+        recipe = {key: getattr(self.arguments, key) for key in RECIPE}
+        write_atomic(folder / "state.json", json.dumps({"at": asdict(self.at), "arguments": recipe}, indent=2))
         for old in folder.glob("*.safetensors"):
             if not old.stem.endswith(f"-{step}"):
                 old.unlink()
@@ -225,36 +199,35 @@ class Pretraining:
 
         Raises
         ------
-        FileNotFoundError
-            If there is none.
         ValueError
             If it was written with other arguments.
         """
         folder = self.arguments.out / "checkpoint"
-        state = json.loads((folder / "state.json").read_text())
-        for key, value in state["arguments"].items():
+        checkpoint = json.loads((folder / "state.json").read_text())
+        for key, value in checkpoint["arguments"].items():
             if getattr(self.arguments, key) != value:
-                raise ValueError(f"--{key.replace('_', '-')} is {getattr(self.arguments, key)}, the checkpoint has {value}")
-        self.at = Progressed(**state["at"])
+                raise ValueError(
+                    f"--{key.replace('_', '-')} is {getattr(self.arguments, key)}, the checkpoint has {value}"
+                )
+        self.at = Progressed(**checkpoint["at"])
         weights = load_file(folder / f"weights-{self.at.step}.safetensors")
         moments = load_file(folder / f"moments-{self.at.step}.safetensors")
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(weights[name])
-                keys = ("exp_avg", "exp_avg_sq", "step")
-                entry = {key: moments[f"{name}/{key}"] for key in keys if f"{name}/{key}" in moments}
-                on_device = {k: v.to(parameter.device) if k != "step" or self._fused else v for k, v in entry.items()}
-                if on_device:
-                    self.optimizer.state[parameter] = on_device
-
-    @property
-    def _fused(self) -> bool:
-        return bool(self.optimizer.defaults["fused"])
+                state = {key: moments[f"{name}/{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
+                # The fused optimizer wants its step counts on the device, as everything else; on CPU nothing moves.
+                self.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
 
     def write_model(self) -> None:
-        """Write the model directory in Hugging Face format."""
-        self.model.save_pretrained(self.arguments.out / "model")
-        self.tokenizer.save_pretrained(self.arguments.out / "model")
+        """Write the model directory in Hugging Face format; each file is whole at any time."""
+        aside, there = self.arguments.out / "model.new", self.arguments.out / "model"
+        self.model.save_pretrained(aside)
+        self.tokenizer.save_pretrained(aside)
+        there.mkdir(exist_ok=True)
+        for file in aside.iterdir():
+            file.replace(there / file.name)
+        aside.rmdir()
 
     def batches(self, lesson: Lesson) -> Iterator[Batch]:
         """Yield the rest of a lesson's batches."""
@@ -266,8 +239,6 @@ class Pretraining:
 
     def run(self) -> bool:
         """Train to the end, or until the time is up; return whether the end was reached."""
-        from torch.utils.tensorboard import SummaryWriter
-
         began, before = time.monotonic(), self.at.seconds
         limit = self.arguments.max_minutes * 60 or float("inf")
         with SummaryWriter(str(self.arguments.out), purge_step=self.at.step) as writer, self._progress() as progress:
@@ -276,11 +247,8 @@ class Pretraining:
                 bar = progress.add_task(lesson.name, total=lesson.steps, completed=self.at.lesson_step, accuracy=0.0)
                 for batch in self.batches(lesson):
                     scalars = self.update(batch)
-                    self.at.step += 1
-                    self.at.lesson_step += 1
-                    self.at.accuracies = [*self.at.accuracies[1 - AVERAGED :], float(scalars["accuracy/all"])]
                     self.at.seconds = before + time.monotonic() - began
-                    accuracy = float(np.mean(self.at.accuracies))
+                    accuracy, over = self._advance(lesson, float(scalars["accuracy/all"]))
                     progress.update(bar, advance=1, accuracy=accuracy)
                     if self.at.step % 20 == 0:
                         self._write(writer, scalars, lesson, accuracy)
@@ -289,12 +257,23 @@ class Pretraining:
                     if self.at.seconds - before > limit:
                         self.save()
                         return False
-                    if len(self.at.accuracies) == AVERAGED and accuracy > lesson.until:
+                    if over:
                         break
                 progress.update(bar, visible=False)
-                self.at.lesson, self.at.lesson_step, self.at.accuracies = self.at.lesson + 1, 0, []
         self.save()
         return True
+
+    def _advance(self, lesson: Lesson, accuracy: float) -> tuple[float, bool]:
+        # Returns the running accuracy and whether the lesson is over, in which case the next one begins.
+        self.at.step += 1
+        self.at.lesson_step += 1
+        self.at.accuracies = [*self.at.accuracies[1 - AVERAGED :], accuracy]
+        running = float(np.mean(self.at.accuracies))
+        learned = len(self.at.accuracies) == AVERAGED and running > lesson.until
+        over = learned or self.at.lesson_step == lesson.steps
+        if over:
+            self.at.lesson, self.at.lesson_step, self.at.accuracies = self.at.lesson + 1, 0, []
+        return running, over
 
     def _progress(self) -> Progress:
         return Progress(
@@ -310,54 +289,56 @@ class Pretraining:
         for tag, value in scalars.items():
             writer.add_scalar(tag, float(value), self.at.step)
         writer.add_scalar("lesson", self.at.lesson, self.at.step)
-        if self.at.step % 200 == 0:
-            parts = [f"{tag.split('/')[1]} {float(v):.3f}" for tag, v in scalars.items() if tag.startswith("accuracy/")]
-            losses = f"answer {float(scalars['loss/answer']):.3f} plain {float(scalars['loss/plain']):.3f}"
+        if self.at.seconds - self.logged >= LOG_SECONDS:
+            self.logged = self.at.seconds
+            tags = [tag for tag in scalars if tag.startswith(("accuracy/", "loss/"))]
+            values = "  ".join(f"{tag.split('/')[1]} {float(scalars[tag]):.3f}" for tag in tags)
             self.console.print(
-                f"{self.at.seconds:6.0f} s  step {self.at.step:6d}  {lesson.name}: running {accuracy:.3f}  "
-                f"{losses}  {'  '.join(parts)}"
+                f"{self.at.seconds:.0f} s, step {self.at.step}, {lesson.name}: running {accuracy:.3f}  {values}"
             )
 
 
-RECIPE = (
-    "seed layers hidden heads kv_heads head_dim mlp tokens learning_rate weight_decay plain_weight scale"
-).split()
-
-
-def main(arguments: Arguments) -> None:
-    """Run the command.
+def check(arguments: Arguments) -> None:
+    """Refuse arguments that cannot work.
 
     Raises
     ------
     ValueError
-        If the output directory holds a checkpoint and ``resume`` was not asked for, or an argument is out of range.
+        Naming the argument, its value and what would be right.
     """
-    for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "mlp", "tokens", "final_steps", "save_every", "traces"):
+    for name in (*SIZES, "final_steps", "save_every", "traces"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: choose 1 or more")
     if arguments.heads % arguments.kv_heads:
         raise ValueError(f"--heads {arguments.heads} is no multiple of --kv-heads {arguments.kv_heads}")
+    if arguments.learning_rate <= 0:
+        raise ValueError(f"--learning-rate is {arguments.learning_rate}: choose a number above 0")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {arguments.device} cannot be used here: {error}") from error
     there = (arguments.out / "checkpoint" / "state.json").exists()
     if there and not arguments.resume:
         raise ValueError(f"--out {arguments.out} holds a checkpoint: add --resume or choose another directory")
+    if arguments.resume and not there:
+        raise ValueError(f"--resume: --out {arguments.out} holds no checkpoint")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    arguments = tyro.cli(Arguments, args=argv, prog="kvenv pretrain")
+    check(arguments)
     pretraining = Pretraining(arguments)
-    if there:
+    if arguments.resume:
         pretraining.load()
-    finished = pretraining.run()
     console = pretraining.console
-    if not finished:
+    if not pretraining.run():
         console.print(f"Time is up after {pretraining.at.step} steps: go on with --resume.")
-    pretraining.model.eval()
-    console.print(
-        table(
-            pretraining.model, pretraining.tokenizer, QualityArguments(traces=arguments.traces, device=arguments.device)
-        )
-    )
+    quality = QualityArguments(traces=arguments.traces, device=arguments.device)
+    console.print(table(pretraining.model.eval(), pretraining.tokenizer, quality))
     console.print(f"Model: {arguments.out / 'model'} ({pretraining.at.step} steps, {pretraining.at.seconds:.0f} s)")
     console.print(f"Curves: tensorboard --logdir {arguments.out}")
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Arguments))
+    run(main)

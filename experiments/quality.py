@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import tyro
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
+from experiments.cli import run
+from experiments.progress import track
+from kvenv.models import load_model
 from kvenv.traces import FAMILIES, load_traces
 
 
@@ -80,28 +84,19 @@ def table(model: Any, tokenizer: Any, arguments: Arguments) -> Table:
     """Return the quality table of a model."""
     result = Table("traces", "length", "answers", "accuracy", "answer loss", "LM loss")
     cells = [(length, family) for length in arguments.lengths for family in FAMILIES]
-    for length, family in track(cells, description="evaluating", transient=True):
-        score = quality(
-            model, tokenizer, family, trace_length=length, traces=arguments.traces, split=arguments.split
-        )
+    for length, family in track(cells, "evaluating"):
+        score = quality(model, tokenizer, family, trace_length=length, traces=arguments.traces, split=arguments.split)
         values = (f"{score.accuracy:.3f}", f"{score.answer_loss:.3f}", f"{score.lm_loss:.3f}")
         result.add_row(family, str(length), str(score.answers), *values)
     return result
 
 
-def main(arguments: Arguments) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from experiments.pretrain import TINY
-
-    path = str(TINY) if arguments.model == "tiny" else arguments.model
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(arguments.device).eval()
-    Console().print(table(model, tokenizer, arguments))
+    arguments = tyro.cli(Arguments, args=argv, prog="kvenv quality")
+    loaded = load_model(arguments.model, device=arguments.device)
+    Console().print(table(loaded.model, loaded.tokenizer, arguments))
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Arguments))
+    run(main)

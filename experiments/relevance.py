@@ -1,21 +1,25 @@
 """Print how well token identity alone tells facts that will be asked from facts that will not, by trace family.
 
-A fact is a sentence that tells a value. At a cut it is relevant if a later sentence of the trace needs it. Every token gets
-its smoothed log-odds of standing in a relevant fact, fitted on training traces; on test traces the AUC is that of single
-tokens, and of facts scored by the mean over the tokens of their sentence. 0.5 means that identity tells nothing.
+A fact is a sentence that tells a value. At a cut it is relevant if a later sentence of the trace needs it, else it is a
+decoy or stale. Every token id gets its smoothed log-odds of standing in a relevant fact, fitted on training traces. On
+test traces the AUC is that of single tokens, and that of facts scored by the mean over their sentence. 0.5: identity
+tells nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tyro
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
+from experiments.cli import run
+from experiments.progress import track
+from kvenv.models import load_model
 from kvenv.traces import FAMILIES
 from kvenv.traces.family import FamilySource
 
@@ -59,9 +63,9 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((ranks[labels].sum() - positive * (positive + 1) / 2) / (positive * (len(labels) - positive)))
 
 
-def relevance(family: str, tokenizer: object, arguments: Arguments) -> tuple[float, float]:
+def relevance(family: str, tokenizer: Any, arguments: Arguments) -> tuple[float, float]:
     """Return the AUC of single tokens and of facts on a family's test traces."""
-    counts = np.ones((2, len(tokenizer)))  # type: ignore[arg-type]
+    counts = np.ones((2, len(tokenizer)))
     train, test = (
         FamilySource(
             FAMILIES[family],
@@ -84,19 +88,16 @@ def relevance(family: str, tokenizer: object, arguments: Arguments) -> tuple[flo
     return auc(single, single_labels), auc(whole, np.array([relevant for _, relevant in found]))
 
 
-def main(arguments: Arguments) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).resolve().parent.parent / "kvenv" / "tiny")
+    arguments = tyro.cli(Arguments, args=argv, prog="kvenv relevance")
+    tokenizer = load_model("tiny").tokenizer
     result = Table("traces", "AUC of tokens", "AUC of facts", title="relevance from token identity alone")
-    for family in track(list(FAMILIES), description="fitting", transient=True):
+    for family in track(list(FAMILIES), "fitting"):
         tokens, whole = relevance(family, tokenizer, arguments)
         result.add_row(family, f"{tokens:.3f}", f"{whole:.3f}")
     Console().print(result)
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Arguments))
+    run(main)

@@ -42,9 +42,9 @@ def load_traces(
     Parameters
     ----------
     name : str
-        A family (``recall``, ``tracking``, ``dialogue``, ``reasoning``) or several joined by ``+`` (their traces come in
-        turn), a name given to :func:`kvenv.register_traces`, a
-        path ending in ``.txt`` or ``.jsonl``, or ``hf:`` and a Hugging Face dataset.
+        A family (``recall``, ``tracking``, ``dialogue``, ``reasoning``) or several joined by ``+`` (their traces come
+        in turn), a name given to :func:`kvenv.register_traces`, a path ending in ``.txt`` or ``.jsonl``, or ``hf:`` and
+        a Hugging Face dataset.
     split : str
         ``"train"``, ``"validation"`` or ``"test"``. A file gives the same traces for each.
     tokenizer : transformers.PreTrainedTokenizerBase

@@ -27,13 +27,24 @@ class DialogueState(State):
 
 
 class Dialogue(Family):
-    """Wishes keyed by (person, place) go stale when they change or their place is closed; outsiders' are never asked."""
+    """Wishes, keyed by (person, place), go stale when they change or their place is closed; outsiders' never matter."""
 
     name = "dialogue"
     tables = {
-        "header": phrasings("today|here|tonight|again", "{a} , {b} and {c}", "will|can|may|must", "talk|meet|plan|speak", "|quietly|long|alone", "."),
-        "open": phrasings("{q} :", "|well|right|sure", "on to|next is|think of|speak of", "the {t}", "|now|then|please", "."),
-        "close": phrasings("{q} :", "|well|right|sure", "enough of|done with|forget|leave", "the {t}", "|now|then|please", "."),
+        "header": phrasings(
+            "today|here|tonight|again",
+            "{a} , {b} and {c}",
+            "will|can|may|must",
+            "talk|meet|plan|speak",
+            "|quietly|long|alone",
+            ".",
+        ),
+        "open": phrasings(
+            "{q} :", "|well|right|sure", "on to|next is|think of|speak of", "the {t}", "|now|then|please", "."
+        ),
+        "close": phrasings(
+            "{q} :", "|well|right|sure", "enough of|done with|forget|leave", "the {t}", "|now|then|please", "."
+        ),
         "tell": phrasings(
             "{q} :", "for the {t}|at the {t}|in the {t}", "{p}", "|now|still|also", "wants|picks|grabs|needs", "{v} ."
         ),
@@ -49,7 +60,8 @@ class Dialogue(Family):
 
     def start(self, rng: Draw, split: str) -> DialogueState:
         people = rng.some(PEOPLE, GROUP + OUTSIDERS)
-        header = self.say("header", split, rng, **dict(zip("abc", people[:GROUP], strict=True)))
+        a, b, c = people[:GROUP]
+        header = self.say("header", split, rng, a=a, b=b, c=c)
         return DialogueState(
             Pool.draw(rng, split),
             header,

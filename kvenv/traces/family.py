@@ -20,8 +20,8 @@ TRIES = 512  # sentences drawn at a cut in search of some that begin as the visi
 class Sentence:
     """Words in order, which of them are answers, and what the sentence does to facts.
 
-    ``told`` is the id of the fact that it tells (None if it tells none), ``used`` are the ids of the facts that somebody
-    must know to predict its answers.
+    ``told`` is the id of the fact that it tells (None if it tells none), ``used`` are the ids of the facts that its
+    answers follow from.
     """
 
     words: tuple[str, ...]
@@ -60,8 +60,8 @@ class State:
 class Family:
     """A kind of text with facts and questions. Subclasses give ``name``, ``tables``, ``start`` and ``sentence``.
 
-    The next sentence may depend on what the text has shown so far and on nothing else (no hidden plan), so that resampled
-    continuations are what a reader of the text could expect.
+    The next sentence may depend on what the text has shown so far and on nothing else (no hidden plan), so that
+    resampled continuations are what a reader of the text could expect.
     """
 
     name: ClassVar[str]
@@ -86,7 +86,7 @@ class Family:
         **fills: str,
     ) -> Sentence:
         """Fill a phrasing of ``kind``; ``{v}`` is a told value, ``{V}`` a value that the reader should know."""
-        words = []
+        words: list[str] = []
         answers = []
         for word in rng.pick(self.tables[kind][split]):
             if word[0] == "{":
@@ -208,12 +208,14 @@ class FamilySource(TraceSource):
         while len(tokens.ids) < cut:
             before, state_before = tokens.fork(), state.copy()
             tokens.add(self.family.sentence(state, rng))
-        # Forks of (tokens, state) at the end of the sentence under the cut, as somebody who saw `cut` tokens may expect it.
+        # Each fork: the sentence under the cut as a reader of the first `cut` tokens may expect it to end.
         begun = len(before.ids) < cut < len(tokens.ids)
         forks = self._agreeing(before, state_before, tokens.ids[:cut], trace_id) if begun else []
         forks = forks or [(tokens, state)]
         return [
-            self._continue(*self._rng(trace_id, cut, k).pick(forks), self._rng(trace_id, cut, k, "future"), header_length, k)
+            self._continue(
+                *self._rng(trace_id, cut, k).pick(forks), self._rng(trace_id, cut, k, "future"), header_length, k
+            )
             for k in range(count)
         ]
 

@@ -26,20 +26,42 @@ class ReasoningState(State):
 class Reasoning(Family):
     """Joining two stones gives one that holds the first half of one value and the second half of the other.
 
-    What was joined is used up and never asked again; a check asks for a value and leaves it; stones of other colours than
-    the header's are never used. Results stay within the split's words.
+    What was joined is used up and never asked again; a check asks for a value and leaves it; stones of other colours
+    than the header's are never used. Results stay within the split's words.
     """
 
     name = "reasoning"
     tables = {
-        "header": phrasings("|now|so|please", "use|pick|join|need", "only|just", "the|all", "{a} and {b} stones", "|today|here|always", "."),
+        "header": phrasings(
+            "|now|so|please",
+            "use|pick|join|need",
+            "only|just",
+            "the|all",
+            "{a} and {b} stones",
+            "|today|here|always",
+            ".",
+        ),
         "give": phrasings(
-            "|first|also|then", "the|this|that", "{c} stone {x}", "is|holds|carries|shows|means", "{v}", "|here|today", "."
+            "|first|also|then",
+            "the|this|that",
+            "{c} stone {x}",
+            "is|holds|carries|shows|means",
+            "{v}",
+            "|here|today",
+            ".",
         ),
         "join": phrasings(
-            "|first|also|then", "join|link|blend", "{x} with {y}|{x} and {y}", ":|,", "{z}", "is|holds|carries|shows|means", "{V} ."
+            "|first|also|then",
+            "join|link|blend",
+            "{x} with {y}|{x} and {y}",
+            ":|,",
+            "{z}",
+            "is|holds|carries|shows|means",
+            "{V} .",
         ),
-        "check": phrasings("|first|also|then", "check|what is|tell us|show|tell", "{x}|stone {x}", "|now|here|again", "? {V} ."),
+        "check": phrasings(
+            "|first|also|then", "check|what is|tell us|show|tell", "{x}|stone {x}", "|now|here|again", "? {V} ."
+        ),
         "drop": phrasings("|first|also|then", "drop|crush|lose|break", "{x}|stone {x}", "|now|here|again", "."),
     }
 

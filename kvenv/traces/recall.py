@@ -40,7 +40,9 @@ class Recall(Family):
 
     name = "recall"
     tables = {
-        "header": phrasings("|now|so|please", "trust|believe|hear|follow", "only|just", "{a} , {b} and {c}", "|today|here|always", "."),
+        "header": phrasings(
+            "|now|so|please", "trust|believe|hear|follow", "only|just", "{a} , {b} and {c}", "|today|here|always", "."
+        ),
         "tell": phrasings(
             "|later|today|then",
             "{s}",

@@ -91,8 +91,8 @@ class Encoder:
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
-        Byte-level tokenizers get a space before every word but the first, as they saw in running text; tokenizers that mark
-        word starts themselves get none. ``start`` is the tokenizer's BOS token, if it has one.
+        Byte-level tokenizers get a space before every word but the first, as they saw in running text; tokenizers that
+        mark word starts themselves get none. ``start`` is the tokenizer's BOS token, if it has one.
     """
 
     def __init__(self, tokenizer: Any) -> None:

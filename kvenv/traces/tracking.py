@@ -1,4 +1,4 @@
-"""Tracking: variables are assigned, overwritten, copied and dropped; those that the header names are asked, latest value."""
+"""Tracking: variables are assigned, overwritten, copied and dropped; those that the header names are asked."""
 
 from __future__ import annotations
 
@@ -36,16 +36,37 @@ class Tracking(Family):
     name = "tracking"
     tables = {
         "header": phrasings(
-            "|now|so|please", "follow|watch|track|mind", "only|just", "{a} , {b} , {c} , {d} and {e}", "|today|here|always", "."
+            "|now|so|please",
+            "follow|watch|track|mind",
+            "only|just",
+            "{a} , {b} , {c} , {d} and {e}",
+            "|today|here|always",
+            ".",
         ),
         "set": phrasings(
-            "|next|then|soon", "{x} is {v}|{x} becomes {v}|{x} turns to {v}|{x} holds {v}|turn {x} to {v}", "|again|here|today", "."
+            "|next|then|soon",
+            "{x} is {v}|{x} becomes {v}|{x} turns to {v}|{x} holds {v}|turn {x} to {v}",
+            "|again|here|today",
+            ".",
         ),
-        "change": phrasings("|next|then|soon", "{x} goes|{x} shifts|{x} turns|shift {x}|turn {x}", "|again|here|today", "from {OLD} to {v} ."),
-        "copy": phrasings("|next|then|soon", "{x} copies {y}|{x} repeats {y}", ",|:", "so it|which", "is|becomes|holds", "{V} ."),
-        "drop": phrasings("|next|then|soon", "{x} is gone|{x} ends|drop {x}|forget {x}|{x} is empty", "|again|here|today", "."),
+        "change": phrasings(
+            "|next|then|soon",
+            "{x} goes|{x} shifts|{x} turns|shift {x}|turn {x}",
+            "|again|here|today",
+            "from {OLD} to {v} .",
+        ),
+        "copy": phrasings(
+            "|next|then|soon", "{x} copies {y}|{x} repeats {y}", ",|:", "so it|which", "is|becomes|holds", "{V} ."
+        ),
+        "drop": phrasings(
+            "|next|then|soon", "{x} is gone|{x} ends|drop {x}|forget {x}|{x} is empty", "|again|here|today", "."
+        ),
         "ask": phrasings(
-            "|and|so|please", "what is {x}|what does {x} hold|tell us {x}|tell {x}|show {x}", "|now|by now", "?|:", "{V} ."
+            "|and|so|please",
+            "what is {x}|what does {x} hold|tell us {x}|tell {x}|show {x}",
+            "|now|by now",
+            "?|:",
+            "{V} .",
         ),
     }
 
@@ -53,7 +74,8 @@ class Tracking(Family):
         pool = Pool.draw(rng, split)
         recent: dict[str, None] = {}
         names = tuple(pool.fresh(rng, recent) for _ in range(FOLLOWED + OTHERS))
-        header = self.say("header", split, rng, **dict(zip("abcde", names[:FOLLOWED], strict=True)))
+        a, b, c, d, e = names[:FOLLOWED]
+        header = self.say("header", split, rng, a=a, b=b, c=c, d=d, e=e)
         return TrackingState(pool, header, recent, followed=names[:FOLLOWED], others=names[FOLLOWED:])
 
     def word(self, state: TrackingState, rng: Draw) -> str:
@@ -83,9 +105,9 @@ class Tracking(Family):
         if chance < SET + CHANGE + COPY:
             source = rng.pick(known)
             name = rng.pick([other for other in state.followed if other != source])
-            value, used = held[source]
+            value, used = held[source].value, (held[source].number,)
             held[name] = Held(value, state.number())
-            return self.say("copy", split, rng, told=held[name].number, used=(used,), x=name, y=source, v=value)
+            return self.say("copy", split, rng, told=held[name].number, used=used, x=name, y=source, v=value)
         name = rng.pick(known)
         del held[name]
         return self.say("drop", split, rng, x=name)

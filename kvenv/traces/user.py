@@ -1,7 +1,7 @@
 """Traces that users bring: text files, JSON lines, datasets and registered functions.
 
-None of these has splits of its own except a dataset: a file or function gives every split the same traces (a function is
-told the split), so keep a second file for tests.
+A dataset has splits of its own and a function is told the split; a file gives every split the same traces, so keep a
+second file for tests.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class FunctionSource(TraceSource):
     def make(self, trace_id: int) -> Trace:
         trace = self.function(trace_id, split=self.split, **self.arguments)
         if not isinstance(trace, Trace):
-            raise ValueError(f"traces {self.name!r} returned {type(trace).__name__} for trace {trace_id}: return a kvenv.Trace")
+            raise ValueError(
+                f"traces {self.name!r} returned {type(trace).__name__} for trace {trace_id}: return a kvenv.Trace"
+            )
         return trace
 
 
@@ -135,7 +137,11 @@ def read_dataset(name: str, *, split: str, tokenizer: Any, trace_length: int, sc
     encoder = Encoder(tokenizer)
     traces = [
         trace_from_record(
-            {key: value for key, value in record.items() if key in (*FORMS, "response", "answer") and value is not None},
+            {
+                key: value
+                for key, value in record.items()
+                if key in (*FORMS, "response", "answer") and value is not None
+            },
             encoder,
             trace_length,
             schedule,
@@ -154,8 +160,8 @@ def trace_from_record(record: Any, encoder: Encoder, trace_length: int, schedule
     Parameters
     ----------
     record : dict
-        Exactly one of ``input_ids`` (list of int), ``text`` (str), ``prompt`` with ``response`` (both str; ``answer``, a str,
-        is marked where it occurs last in the response).
+        Exactly one of ``input_ids`` (list of int), ``text`` (str), ``prompt`` with ``response`` (both str). With the
+        latter, ``answer`` (str) is marked where it occurs last in the response.
     encoder : Encoder
         Encodes the text.
     trace_length : int
@@ -187,7 +193,9 @@ def trace_from_record(record: Any, encoder: Encoder, trace_length: int, schedule
     else:
         trace = _prompt_and_response(record, encoder, place)
     if trace.prompt_length >= trace_length:
-        raise ValueError(f"{place}: the prompt has {trace.prompt_length} tokens: choose trace_length above that, not {trace_length}")
+        raise ValueError(
+            f"{place}: the prompt has {trace.prompt_length} tokens: choose trace_length above that, not {trace_length}"
+        )
     answers = tuple(span for span in trace.answers if span[1] <= trace_length)
     return replace(trace, tokens=trace.tokens[:trace_length], answers=answers)
 

@@ -3,7 +3,7 @@
 Made-up words serve as names and as values, so that what is asked later and what never is look alike. A word is a first
 syllable and a second one. The test words are all pairs from a block of 20 first and 20 second syllables, the validation
 words from a block of 12 and 12, the training words all other pairs: training sees every syllable, but no test word.
-A phrasing (a sentence with its placeholders open) and a filler sentence belong to the split that a hash of their text says.
+A phrasing (a sentence with its placeholders open) or a filler sentence belongs to the split that a hash of it says.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def phrasings(*parts: str) -> dict[str, list[Phrasing]]:
     Parameters
     ----------
     *parts : str
-        Alternatives separated by ``|``; one may be empty. Words in braces are placeholders; the capital ones are answers.
+        Alternatives separated by ``|``; one may be empty. Words in braces are placeholders, capital ones are answers.
 
     Returns
     -------
@@ -99,7 +99,9 @@ def split_of_word(word: str) -> str:
         If it is not one of the made-up words.
     """
     if word[:2] not in FIRST or word[2:] not in SECOND:
-        raise ValueError(f"{word!r} is not a made-up word: those are a first and a second syllable of kvenv.traces.words")
+        raise ValueError(
+            f"{word!r} is not a made-up word: those are a first and a second syllable of kvenv.traces.words"
+        )
     first, second = FIRST.index(word[:2]), SECOND.index(word[2:])
     for split, (firsts, seconds) in BLOCKS.items():
         if first in firsts and second in seconds:
