@@ -187,7 +187,7 @@ def make_table(comparison: Comparison, cells: Sequence[Cell], family: str) -> Ta
         box=box.SIMPLE,
     )
     table.add_column("policy", no_wrap=True)
-    for heading in ("answer loss", "minus golden", "accuracy", "LM loss", "low-entropy increase", "as golden", "kept"):
+    for heading in ("answer loss", "minus golden", "accuracy", "LM loss", "low-entropy\nincrease", "as golden", "kept"):
         table.add_column(heading, justify="right")
     budget = None
     for cell in (cell for cell in cells if cell.family == family):
