@@ -182,13 +182,15 @@ def make_table(comparison: Comparison, cells: Sequence[Cell], family: str) -> Ta
     empty, total = comparison.without_answers(family)
     table = Table(
         title=f"{family}: {total} traces, scored above position {comparison.score_from[family]}",
-        caption="Mean [95 % interval] over traces × seeds. · saturated: golden is within 0.05 nat."
+        caption="Mean [95 % interval] over traces × seeds; acc.: answer accuracy; low-H rise: loss increase on low-entropy tokens; as golden: "
+        "evictions shared; kept: share of pairs. · saturated: golden is within 0.05 nat."
         + (f" {empty} traces have no scored answer." if empty else ""),
         box=box.SIMPLE,
+        padding=0,
     )
     table.add_column("policy", no_wrap=True)
-    for heading in ("answer loss", "minus golden", "accuracy", "LM loss", "low-entropy\nincrease", "as golden", "kept"):
-        table.add_column(heading, justify="right")
+    for heading in ("answer\nloss", "minus\ngolden", "acc.", "LM\nloss", "low-H\nrise", "as\ngolden", "kept"):
+        table.add_column(heading, justify="right", no_wrap=heading not in ("answer\nloss", "minus\ngolden"))
     budget = None
     for cell in (cell for cell in cells if cell.family == family):
         if cell.budget != budget:
