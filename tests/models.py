@@ -61,7 +61,7 @@ def random_model(
 
 
 def _norms_in_float64(model: PreTrainedModel) -> None:
-    """Replace the RMSNorms, which round to float32 in any model: they hide differences, or blow a last bit up to 1e-8."""
+    """Replace the RMSNorms: all round to float32, which hides differences or blows a last bit up to 1e-8."""
     for parent in list(model.modules()):
         for name, module in parent.named_children():
             if type(module).__name__.endswith("RMSNorm"):
