@@ -182,8 +182,8 @@ def make_table(comparison: Comparison, cells: Sequence[Cell], family: str) -> Ta
     empty, total = comparison.without_answers(family)
     table = Table(
         title=f"{family}: {total} traces, scored above position {comparison.score_from[family]}",
-        caption="Mean [95 % interval] over traces × seeds; acc.: answer accuracy; low-H rise: loss increase on low-entropy tokens; as golden: "
-        "evictions shared; kept: share of pairs. · saturated: golden is within 0.05 nat."
+        caption="Mean [95 % interval] over traces × seeds; acc.: answer accuracy; low-H rise: loss increase on "
+        "low-entropy tokens; as golden: evictions shared; kept: share of pairs. · saturated: golden is within 0.05 nat."
         + (f" {empty} traces have no scored answer." if empty else ""),
         box=box.SIMPLE,
         padding=0,
