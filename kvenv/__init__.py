@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 
 from kvenv.registry import register_features, register_model, register_reward, register_traces
+from kvenv.traces import Trace, load_traces
 
 if TYPE_CHECKING:
     from kvenv.cache import EvictingCache
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from kvenv.layerwise import rollout
     from kvenv.models import load_model
     from kvenv.state import LayerState
-    from kvenv.traces import Trace, load_traces
     from kvenv.vector_env import KVEvictVectorEnv
 
 __all__ = [
@@ -51,9 +51,7 @@ _LAZY = {
     "KVEvictEnv": "kvenv.env",
     "KVEvictVectorEnv": "kvenv.vector_env",
     "LayerState": "kvenv.state",
-    "Trace": "kvenv.traces",
     "load_model": "kvenv.models",
-    "load_traces": "kvenv.traces",
     "rollout": "kvenv.layerwise",
 }
 
