@@ -82,7 +82,9 @@ class Args:
 
 
 def make_policies(names: Sequence[str], device: str) -> dict[str, Policy | None]:
-    """Return the policies by the name they were asked for, learned ones on ``device``; None is the full cache.
+    """Return the policies by name, learned ones on ``device``; None is the full cache.
+
+    A directory's policy goes by the name saved with it, or by its path where another one has that name.
 
     Raises
     ------
@@ -95,10 +97,13 @@ def make_policies(names: Sequence[str], device: str) -> dict[str, Policy | None]
             raise ValueError(
                 f"unknown policy {name!r}: known are {', '.join(known)}, or a directory with a policy.json"
             )
-    policies: dict[str, Policy | None] = {}
+    policies: dict[str, Policy | None] = {
+        name: None if name == FULL else agents.make(name) for name in names if name in known
+    }
     for name in names:
-        on_device = {} if name in known else {"device": device}
-        policies[name] = None if name == FULL else agents.make(name, **on_device)
+        if name not in known:
+            learned = agents.make(name, device=device)
+            policies[name if learned.name in policies else learned.name] = learned
     return policies
 
 

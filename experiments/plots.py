@@ -16,13 +16,16 @@ from experiments.comparison import Cell
 from experiments.story import DISAGREES, NOTABLE, Story
 from kvenv.files import write_atomic
 
-MARKED = {
+MARKED: dict[str, tuple[object, str]] = {
     "full": ("black", ":"),
     "golden": ("goldenrod", "--"),
     "golden-expected": ("darkorange", "--"),
     "random": ("grey", "--"),
 }
 """Colour and line of the policies that frame every comparison."""
+
+COLOURS = matplotlib.colormaps["tab20"]
+"""Colours of the others, in the order in which they come."""
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -43,6 +46,8 @@ def plot_losses(cells: Sequence[Cell], path: Path) -> None:
         The PNG.
     """
     families = list(dict.fromkeys(cell.family for cell in cells))
+    others = [policy for policy in dict.fromkeys(cell.policy for cell in cells) if policy not in MARKED]
+    styles = MARKED | {policy: (COLOURS(number % COLOURS.N), "-") for number, policy in enumerate(others)}
     figure = Figure(figsize=(4.5 * len(families) + 1.5, 4.5), layout="constrained")
     for number, family in enumerate(families, start=1):
         here = [cell for cell in cells if cell.family == family]
@@ -51,10 +56,10 @@ def plot_losses(cells: Sequence[Cell], path: Path) -> None:
         for policy in dict.fromkeys(cell.policy for cell in here):
             points = sorted((c.budget, c.estimates[metric]) for c in here if c.policy == policy)
             budgets, means = [budget for budget, _ in points], [estimate.mean for _, estimate in points]
-            colour, line = MARKED.get(policy, (None, "-"))
-            (drawn,) = axes.plot(budgets, means, line, marker="o", markersize=3, color=colour, label=policy)
+            colour, line = styles[policy]
+            axes.plot(budgets, means, line, marker="o", markersize=3, color=colour, label=policy)
             lows, highs = [e.low for _, e in points], [e.high for _, e in points]
-            axes.fill_between(budgets, lows, highs, color=drawn.get_color(), alpha=0.15, linewidth=0)
+            axes.fill_between(budgets, lows, highs, color=colour, alpha=0.12, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({cell.budget for cell in here}))
         axes.get_xaxis().set_major_formatter("{x:.0f}")

@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, args=argv, prog="kvenv show")
     if args.out is not None and args.out.suffix not in (".png", ".gif"):
         raise ValueError(f"--out {args.out} must end in .png or .gif")
-    policy = make_policies([args.policy], args.device)[args.policy]
+    ((name, policy),) = make_policies([args.policy], args.device).items()
     loaded = load_model(args.model, dtype=args.dtype, device=args.device)
     loaded.check_length(args.trace_length)
     source = load_traces(args.traces, split=args.split, tokenizer=loaded.tokenizer, trace_length=args.trace_length)
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
     )
     console = Console()
-    title = f"{args.policy} on {trace.name}, budget {args.budget}"
+    title = f"{name} on {trace.name}, budget {args.budget}"
     console.print(title, style="bold", highlight=False)
     print_story(story, console)
     if args.out is not None:

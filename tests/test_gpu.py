@@ -1,0 +1,88 @@
+"""What must also hold on a GPU; skipped where there is none. The one command: ``pytest tests/test_gpu.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import agents
+from agents.imitation import ImitationConfig, ImitationLearner
+from kvenv.golden import future_attention
+from kvenv.layerwise import rollout
+from kvenv.models import load_model
+from kvenv.traces import load_traces
+from kvenv.vector_env import KVEvictVectorEnv
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+CAUSAL = [name for name in agents.names() if not name.startswith("golden")]
+
+
+@pytest.fixture
+def syncs_are_errors() -> Iterator[None]:
+    """Let any host-device synchronisation raise."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def warm_env(features: str, **changes: object) -> tuple[KVEvictVectorEnv, torch.Tensor]:
+    """Return an environment on the GPU, a few steps into its episodes, and an action."""
+    env = KVEvictVectorEnv(8, traces="recall", features=features, device="cuda", output="torch", **changes)  # type: ignore[arg-type]
+    env.reset(seed=0)
+    action = torch.rand(env.action_space.shape, device="cuda") * 2 - 1
+    for _ in range(3):
+        env.step(action)
+    torch.cuda.synchronize()
+    return env, action
+
+
+@pytest.mark.parametrize("features", ["kv", "foresight", "stats"])
+def test_a_warm_step_never_waits_for_the_device(features: str, request: pytest.FixtureRequest) -> None:
+    env, action = warm_env(features)
+    request.getfixturevalue("syncs_are_errors")
+    env.step(action)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_rollouts_agree_with_the_cpu(name: str) -> None:
+    nll = {}
+    for device in ("cpu", "cuda"):
+        loaded = load_model("tiny", device=device)
+        source = load_traces("recall", split="validation", tokenizer=loaded.tokenizer, trace_length=256)
+        done = rollout(agents.make(name), [source[0], source[1]], model=loaded.model, budget=48, interval=16)
+        nll[device] = done.losses.nll.cpu()
+    # A near tie may fall the other way on another device; it may not move what is lost on the whole.
+    assert abs(float(nll["cpu"].mean() - nll["cuda"].mean())) < 0.02
+
+
+def test_golden_utilities_agree_with_the_cpu() -> None:
+    utility = []
+    for device in ("cpu", "cuda"):
+        loaded = load_model("tiny", device=device)
+        tokens = load_traces("tracking", tokenizer=loaded.tokenizer, trace_length=256)[0].tokens
+        future, *_ = future_attention(loaded.model, [tokens], interval=16, anchors=80)
+        utility.append(future.utility.cpu())
+    torch.testing.assert_close(*utility, atol=1e-3, rtol=1e-3)
+
+
+def test_bfloat16_stays_close_to_float32() -> None:
+    means = []
+    for dtype in ("float32", "bfloat16"):
+        loaded = load_model("tiny", device="cuda", dtype=dtype)
+        source = load_traces("recall", split="validation", tokenizer=loaded.tokenizer)
+        traces = [source[0], source[1]]
+        done = rollout(agents.make("streaming"), traces, model=loaded.model, budget=128, interval=16)
+        means.append(float(done.losses.nll.mean()))
+    assert abs(means[0] - means[1]) < 0.05
+
+
+def test_imitation_trains_there() -> None:
+    env = KVEvictVectorEnv(
+        8, traces="recall", features="foresight", device="cuda", output="torch", autoreset_mode="SameStep"
+    )
+    learner = ImitationLearner(env, ImitationConfig(updates=40))
+    losses = [learner.update()["loss/ranking"] for _ in range(40)]
+    assert sum(losses[-8:]) < sum(losses[:8])
