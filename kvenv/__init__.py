@@ -17,6 +17,7 @@ from kvenv.traces import Trace, load_traces
 if TYPE_CHECKING:
     from kvenv.cache import EvictingCache
     from kvenv.env import KVEvictEnv
+    from kvenv.expert import GoldenExpert, policy_action
     from kvenv.head_view import HeadView
     from kvenv.layerwise import rollout
     from kvenv.models import load_model
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EvictingCache",
+    "GoldenExpert",
     "HeadView",
     "KVEvictEnv",
     "KVEvictVectorEnv",
@@ -32,6 +34,7 @@ __all__ = [
     "Trace",
     "load_model",
     "load_traces",
+    "policy_action",
     "register_features",
     "register_model",
     "register_reward",
@@ -47,11 +50,13 @@ except PackageNotFoundError:  # a checkout that is not installed
 # Public name -> the module that defines it, imported on first use.
 _LAZY = {
     "EvictingCache": "kvenv.cache",
+    "GoldenExpert": "kvenv.expert",
     "HeadView": "kvenv.head_view",
     "KVEvictEnv": "kvenv.env",
     "KVEvictVectorEnv": "kvenv.vector_env",
     "LayerState": "kvenv.state",
     "load_model": "kvenv.models",
+    "policy_action": "kvenv.expert",
     "rollout": "kvenv.layerwise",
 }
 

@@ -80,7 +80,7 @@ class Dynamics:
         shape = HandedCache(self.model)
         width = features.width(shape.head_dim, shape.groups)
         self.feature_shape = (shape.num_layers, shape.kv_heads, self.capacity, width)
-        refuse_what_cannot_fit(rows, observation_nbytes(*self.feature_shape), features.name)
+        refuse_what_cannot_fit(rows, observation_nbytes(*self.feature_shape), features.name, self.model.device)
         self.cache = self._new_cache(rows, self.capacity)
         self.counters = Counters.blank(rows)
         device, columns = self.model.device, trace_length + interval + 1
@@ -88,6 +88,7 @@ class Dynamics:
         self.answer = torch.zeros(rows, columns, dtype=torch.bool, device=device)
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)
         self.finished = torch.ones(rows, dtype=torch.bool, device=device)
+        self.truncated = torch.zeros_like(self.finished)
         self._everyone = torch.ones_like(self.finished)
         self._answers_before = np.zeros((rows, columns + 1), np.int64)
         self._full: FullRows | None = None
@@ -171,7 +172,8 @@ class Dynamics:
         """End the episodes of some rows (indices) before their traces end."""
         if len(rows):
             self.counters.set(rows, truncated=True, finished=True)
-            self.finished[torch.as_tensor(rows, device=self.finished.device)] = True
+            where = torch.as_tensor(rows, device=self.finished.device)
+            self.finished[where] = self.truncated[where] = True
 
     def answers(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
         """Return how many answer targets each row has at positions start + 1 ... stop, arrays (N,)."""
@@ -260,7 +262,6 @@ class Dynamics:
         self.counters = snapshot.counters.copy()
         begun = np.flatnonzero(self.counters.trace >= 0)
         self._write_rows(begun, [self._trace(trace) for trace in self.counters.trace[begun]])
-        self.finished.copy_(torch.as_tensor(self.counters.finished))
 
     def _arguments(self) -> dict[str, object]:
         """Return what two environments must share to exchange snapshots."""
@@ -304,6 +305,7 @@ class Dynamics:
             (self.answer, answer),
             (self.last, self.counters.last[rows]),
             (self.finished, self.counters.finished[rows]),
+            (self.truncated, self.counters.truncated[rows]),
         ):
             target[where] = torch.as_tensor(value, device=target.device)
 

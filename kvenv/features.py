@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,10 +165,11 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
-def refuse_what_cannot_fit(rows: int, nbytes: int, name: str) -> None:
-    """Refuse observations that this machine's memory can't hold, before anything is allocated.
+def refuse_what_cannot_fit(rows: int, nbytes: int, name: str, device: torch.device) -> None:
+    """Refuse observations that memory can't hold, before anything is allocated.
 
-    Gymnasium's ``Box`` keeps the bounds of every element, for one row and for all: that is 2.5 times the observation.
+    Gymnasium's ``Box`` keeps the bounds of every element, for one row and for all: on the host that is 2.5 times the
+    observation.
 
     Parameters
     ----------
@@ -177,20 +179,31 @@ def refuse_what_cannot_fit(rows: int, nbytes: int, name: str) -> None:
         Bytes of one row's observation.
     name : str
         Name of the feature set.
+    device : torch.device
+        Where observations are computed.
 
     Raises
     ------
     ValueError
-        If N observations with their bounds exceed the machine's memory.
+        If N observations exceed the device's memory, or with their bounds the host's.
     """
-    needed = int(3.5 * nbytes * (rows + 1))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise ValueError(
-            f"observations of features {name!r} take {nbytes / 1e6:,.1f} MB a row, {needed / 1e9:,.1f} GB for {rows} "
-            f"rows with the bounds of their spaces, and this machine has {memory / 1e9:,.1f} GB: choose "
-            "features='stats', a smaller budget or fewer rows"
-        )
+    needs = {"this machine": (int(3.5 * nbytes * (rows + 1)), _host_memory())}
+    if device.type == "cuda":
+        needs[str(device)] = (nbytes * rows, torch.cuda.get_device_properties(device).total_memory)
+    for where, (needed, memory) in needs.items():
+        if needed > memory:
+            raise ValueError(
+                f"observations of features {name!r} take {nbytes / 1e6:,.1f} MB a row, {needed / 1e9:,.1f} GB for "
+                f"{rows} rows, and {where} has {memory / 1e9:,.1f} GB: choose features='stats', a smaller budget or "
+                "fewer rows"
+            )
+
+
+def _host_memory() -> float:
+    """Return the bytes of the host's memory, where the system tells."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _needed(state: LayerState) -> Tensor:

@@ -385,7 +385,8 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             self._check_shape(actions.shape)
             if np.isnan(actions).any():
                 raise ValueError(message)
-            actions = torch.as_tensor(actions, device=self.dynamics.tokens.device)
+            # A copy, because not every array (reversed, read-only) can be a tensor.
+            actions = torch.as_tensor(np.array(actions), device=self.dynamics.tokens.device)
         return actions.transpose(0, 1)
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
@@ -411,11 +412,8 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         now = self.dynamics.counters
         if self.output == "numpy":
             return now.finished & ~now.truncated, now.truncated.copy()
-        finished = self.dynamics.finished
-        if self.max_episode_steps is None:
-            return finished.clone(), torch.zeros_like(finished)
-        truncated = torch.as_tensor(now.truncated.copy(), device=finished.device)
-        return finished & ~truncated, truncated
+        finished, truncated = self.dynamics.finished, self.dynamics.truncated
+        return finished & ~truncated, truncated.clone()
 
     def _present(self, tensors: dict[str, Tensor]) -> dict[str, Array]:
         """Return tensors as this environment's kind of array."""

@@ -264,3 +264,17 @@ def test_misuse_is_refused() -> None:
     wrong_rows = EvictingCache(model, rows=2, capacity=40, interval=4, budget=36)
     with pytest.raises(ValueError, match="2 rows"):
         model.generate(ids, attention_mask=mask, past_key_values=wrong_rows, max_new_tokens=4, do_sample=False)
+
+
+def test_rows_of_a_smaller_cache_leave_the_other_slots_empty() -> None:
+    model = kvenv_model()
+    caches = [EvictingCache(model, rows=2, capacity=capacity, interval=4, budget=4) for capacity in (12, 8)]
+    batch = collate([trace.tokens for trace in random_traces([13, 13])])
+    wide, small = caches
+    for cache, columns in ((wide, 12), (small, 8)):
+        fed = (x[:, :columns] for x in (batch.tokens, batch.targets, batch.positions, batch.valid))
+        feed(model, cache, *fed)
+    wide.copy_rows(torch.tensor([1, 0]), small)
+    assert (wide.positions[..., 8:] == -1).all()
+    assert torch.equal(wide.positions[..., :8], small.positions[:, [1, 0]])
+    assert torch.equal(wide.keys[..., :8, :], small.keys[:, [1, 0]])

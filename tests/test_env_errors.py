@@ -206,13 +206,24 @@ def test_foreign_snapshots() -> None:
 
 
 def test_observations_that_cannot_fit_are_refused() -> None:
-    refuse_what_cannot_fit(4, 10**6, "kv")
+    cpu = torch.device("cpu")
+    refuse_what_cannot_fit(4, 10**6, "kv", cpu)
     with pytest.raises(
         ValueError, match=r"observations of features 'kv' take 425.0 MB a row, .*choose features='stats'"
     ):
-        refuse_what_cannot_fit(10**6, 425 * 10**6, "kv")
+        refuse_what_cannot_fit(10**6, 425 * 10**6, "kv", cpu)
     with pytest.raises(ValueError, match=r"observations of features 'kv' take .* for 1000000000 rows"):
         gym.make_vec("KVEvict-v0", num_envs=10**9, **ARGUMENTS)
+
+
+def test_observations_that_cannot_fit_on_the_device_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small:
+        total_memory = 10**6
+
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Small)
+    refuse_what_cannot_fit(2, 5 * 10**5, "kv", torch.device("cuda:0"))
+    with pytest.raises(ValueError, match=r"and cuda:0 has 0\.0 GB"):
+        refuse_what_cannot_fit(3, 5 * 10**5, "kv", torch.device("cuda:0"))
 
 
 def test_rendering_without_a_mode_warns() -> None:

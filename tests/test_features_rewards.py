@@ -162,6 +162,11 @@ def test_a_users_reward(registered: None) -> None:
     assert reward[1] == 0, "row 1 is being reset and was paid"
     first = BUDGET + INTERVAL
     np.testing.assert_array_equal(seen[0].positions[0], np.arange(first + 1, first + INTERVAL + 1))
+    kvenv.register_reward("mine-constant", lambda losses: torch.ones(2))
+    constant = vector(2, reward="mine-constant")
+    constant.reset(seed=0, options={"trace": [0, 2]})
+    paid = [constant.step(policy_action(constant, Random()))[1].tolist() for _ in range(5)]
+    assert paid == [[1, 1]] * 4 + [[1, 0]]
     kvenv.register_reward("mine-wrong", lambda losses: losses.nll)
     wrong = vector(2, reward="mine-wrong")
     wrong.reset(seed=0)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvenv.expert import policy_action
 from kvenv.vector_env import KVEvictVectorEnv
-from tests.environments import ARGUMENTS, single, vector
+from tests.environments import ARGUMENTS, BUDGET, single, vector
 from tests.policies import Mixed, Random
 
 MODES = [mode.value for mode in AutoresetMode]
@@ -216,6 +216,7 @@ def test_same_step() -> None:
 def test_disabled_rows_idle_until_their_reset() -> None:
     env = vector(3, autoreset_mode="Disabled")
     env.reset(seed=0, options=OPTIONS)
+    shown: dict[int, np.ndarray] = {}
     for step in range(1, 9):
         observation, reward, terminated, _, info = env.step(policy_action(env, Random()))
         np.testing.assert_array_equal(terminated, step >= STEPS)
@@ -224,6 +225,11 @@ def test_disabled_rows_idle_until_their_reset() -> None:
         np.testing.assert_array_equal(info["_evicted"], step <= STEPS)
         assert (info["evicted"][~info["active"]] == -1).all()
         assert np.isfinite(observation["features"]).all()
+        # What an idle row shows stays as its first idle step left it.
+        for row in np.flatnonzero(step > STEPS):
+            held = observation["positions"][row]
+            assert ((held >= 0).sum(-1) == BUDGET).all()
+            np.testing.assert_array_equal(held, shown.setdefault(row, held))
     observation, info = env.reset(options={"reset_mask": np.array([False, True, False])})
     np.testing.assert_array_equal(info["active"], [False, True, False])
     np.testing.assert_array_equal(info["rollout"], [0, 1, 0])
