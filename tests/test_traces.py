@@ -382,6 +382,14 @@ def test_missing_file() -> None:
         load_traces("nowhere.jsonl", tokenizer=TOKENIZER)
 
 
+def test_without_a_tokenizer_only_token_ids_will_do(tmp_path: Path) -> None:
+    path = write(tmp_path / "ids.jsonl", {"input_ids": [5, 6, 7]})
+    assert load_traces(path, tokenizer=None)[0].tokens.tolist() == [5, 6, 7]
+    for name in ("recall", write(tmp_path / "text.jsonl", {"text": "the old lamp"})):
+        with pytest.raises(ValueError, match="need a tokenizer"):
+            load_traces(name, tokenizer=None)[0]
+
+
 # What the families and the bundled LLM promise
 
 

@@ -47,8 +47,8 @@ def load_traces(
         a Hugging Face dataset.
     split : str
         ``"train"``, ``"validation"`` or ``"test"``. A file gives the same traces for each.
-    tokenizer : transformers.PreTrainedTokenizerBase
-        The LLM's tokenizer.
+    tokenizer : transformers.PreTrainedTokenizerBase or None
+        The LLM's tokenizer; None will do for traces that are token ids.
     trace_length : int
         Tokens of a trace: exactly that many for a family, at most that many for anything else.
     schedule : str

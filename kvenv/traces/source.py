@@ -90,20 +90,24 @@ class Encoder:
 
     Parameters
     ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
+    tokenizer : transformers.PreTrainedTokenizerBase or None
         Byte-level tokenizers get a space before every word but the first, as they saw in running text; tokenizers that
-        mark word starts themselves get none. ``start`` is the tokenizer's BOS token, if it has one.
+        mark word starts themselves get none. ``start`` is the tokenizer's BOS token, if it has one. Without a tokenizer
+        text is refused with a ValueError.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        twice = self._encode("the the")
-        self._space = "" if twice == self._encode("the") * 2 else " "
+        marks_words = tokenizer is None or self._encode("the the") == self._encode("the") * 2
+        self._space = "" if marks_words else " "
         self._words: dict[str, list[int]] = {}
         self._first: dict[str, list[int]] = {}
-        self.start: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        bos = getattr(tokenizer, "bos_token_id", None)
+        self.start: list[int] = [] if bos is None else [bos]
 
     def _encode(self, text: str) -> list[int]:
+        if self._tokenizer is None:
+            raise ValueError("traces that are text need a tokenizer, and this model has none: register it with one")
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def word(self, word: str, first: bool = False) -> list[int]:
