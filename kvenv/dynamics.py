@@ -12,14 +12,14 @@ from torch import Tensor
 from kvenv.attention import HandedCache
 from kvenv.cache import EvictingCache
 from kvenv.decode import Losses, collate, feed, read
-from kvenv.features import FeatureSet, Observation, observation_nbytes, refuse_what_cannot_fit
+from kvenv.features import FeatureSet, Observation
 from kvenv.golden import Reduce
-from kvenv.layerwise import check_budget
+from kvenv.limits import Limits, observation_nbytes, refuse_what_cannot_fit
 from kvenv.lookahead import KINDS, FullRows, FutureRows, Kind
 from kvenv.models import LoadedModel
 from kvenv.rewards import WindowLosses
 from kvenv.snapshot import Counters, Snapshot
-from kvenv.state import NEEDS, LayerState, Protection
+from kvenv.state import NEEDS, LayerState
 from kvenv.traces import Trace, TraceSource
 
 FOLLOWED = frozenset({"stats", "last_attention", "queries", "query_moments"})
@@ -40,14 +40,8 @@ class Dynamics:
         Gives traces by id.
     rows : int
         N.
-    trace_length : int
-        Longest trace in tokens.
-    budget, interval : int
-        B and W.
-    schedule : {"periodic", "prefill"}
-        Evict every W tokens, or once after the prompt.
-    protection : Protection
-        Pairs that are never evicted.
+    limits : Limits
+        Budget, windows and lengths.
     features : FeatureSet
         What observations hold.
 
@@ -63,27 +57,20 @@ class Dynamics:
         source: TraceSource,
         *,
         rows: int,
-        trace_length: int,
-        budget: int,
-        interval: int,
-        schedule: str,
-        protection: Protection,
+        limits: Limits,
         features: FeatureSet,
     ) -> None:
         self.loaded, self.model, self.source = loaded, loaded.model, source
-        self.rows, self.trace_length, self.budget, self.interval = rows, trace_length, budget, interval
-        self.periodic, self.protection, self.needs = schedule == "periodic", protection, features.needs & FOLLOWED
-        self._check_arguments()
-        self.capacity = budget + interval if self.periodic else source.max_prompt_length
-        self._check_capacity()
-        self.features = features
+        self.rows, self.limits, self.features, self.needs = rows, limits, features, features.needs & FOLLOWED
+        loaded.check_length(limits.trace_length)
+        self.capacity = limits.capacity(source)
         shape = HandedCache(self.model)
         width = features.width(shape.head_dim, shape.groups)
         self.feature_shape = (shape.num_layers, shape.kv_heads, self.capacity, width)
         refuse_what_cannot_fit(rows, observation_nbytes(*self.feature_shape), features.name, self.model.device)
         self.cache = self._new_cache(rows, self.capacity)
         self.counters = Counters.blank(rows)
-        device, columns = self.model.device, trace_length + interval + 1
+        device, columns = self.model.device, limits.trace_length + limits.interval + 1
         self.tokens = torch.zeros(rows, columns, dtype=torch.int64, device=device)
         self.answer = torch.zeros(rows, columns, dtype=torch.bool, device=device)
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -120,10 +107,7 @@ class Dynamics:
         loaded = [self._trace(trace) for trace in traces]
         for trace, budget in zip(loaded, budgets, strict=True):
             self._check_trace(trace, budget)
-        anchors = [
-            budget + self.interval if self.periodic else trace.prompt_length
-            for trace, budget in zip(loaded, budgets, strict=True)
-        ]
+        anchors = [self.limits.anchor(trace, budget) for trace, budget in zip(loaded, budgets, strict=True)]
         last = [len(trace.tokens) - 1 for trace in loaded]
         self.counters.set(rows, trace=traces, budget=budgets, seed=seeds, rollout=rollouts, anchor=anchors)
         self.counters.set(rows, position=anchors, last=last, steps=0, finished=False, truncated=False)
@@ -150,15 +134,21 @@ class Dynamics:
         """
         running = ~self.finished
         # Finished rows are trimmed too: then they have free slots for the padding that they are fed.
-        evicted = self.cache.evict(priorities, self._everyone, self.interval if self.periodic else self.capacity)
+        evicted = self.cache.evict(
+            priorities, self._everyone, self.limits.interval if self.limits.periodic else self.capacity
+        )
         evicted = torch.where(running[:, None, None], evicted, -1).transpose(0, 1)
-        window = self._decode(self.cache, self.interval, running) if self.periodic else self._decode_rest(running)
+        window = (
+            self._decode(self.cache, self.limits.interval, running)
+            if self.limits.periodic
+            else self._decode_rest(running)
+        )
         now = self.counters
         active = ~now.finished
         now.steps[:] += active
         now.position[:] += active * np.minimum(window.nll.shape[1], now.last - now.position)
         now.finished[:] |= now.position >= now.last
-        if self.periodic:
+        if self.limits.periodic:
             self.finished |= self.cache.next_position >= self.last
         else:
             self.finished.fill_(True)
@@ -265,8 +255,7 @@ class Dynamics:
 
     def _arguments(self) -> dict[str, object]:
         """Return what two environments must share to exchange snapshots."""
-        names = ("rows", "trace_length", "budget", "interval", "periodic", "protection", "capacity")
-        mine = {name: getattr(self, name) for name in names}
+        mine = {"rows": self.rows} | vars(self.limits) | {"capacity": self.capacity}
         return mine | {"model": self.loaded.name, "traces": self.source.name, "split": self.source.split}
 
     def _trace(self, trace: int) -> Trace:
@@ -282,10 +271,10 @@ class Dynamics:
             self.model,
             rows=rows,
             capacity=capacity,
-            interval=self.interval,
-            budget=self.budget,
+            interval=self.limits.interval,
+            budget=self.limits.budget,
             needs=self.needs if needs is None else needs,
-            protection=self.protection,
+            protection=self.limits.protection,
         )
 
     def _write_rows(self, rows: np.ndarray, traces: list[Trace]) -> None:
@@ -316,7 +305,7 @@ class Dynamics:
             [trace.tokens for trace in traces],
             prompt_lengths=[trace.prompt_length for trace in traces],
             anchors=now.anchor[rows],
-            interval=self.interval,
+            interval=self.limits.interval,
             stop=-1,
             device=device,
         )
@@ -361,7 +350,7 @@ class Dynamics:
             valid=valid,
             answer=self.answer.gather(1, targets) & valid,
             positions=targets,
-            interval=self.interval,
+            interval=self.limits.interval,
             run_full=lambda: self._full_rows().at(traces, anchors, targets, valid),
         )
 
@@ -379,65 +368,21 @@ class Dynamics:
                 self.source,
                 rows=self.rows,
                 latest_anchor=self.capacity,
-                interval=self.interval,
-                trace_length=self.trace_length,
-                decisions=None if self.periodic else 1,
+                interval=self.limits.interval,
+                trace_length=self.limits.trace_length,
+                decisions=None if self.limits.periodic else 1,
                 kind=kind,
                 reduce=reduce,
             )
         return self._futures[kind, reduce]
 
-    def _check_arguments(self) -> None:
-        """Refuse numbers that mean nothing."""
-        protection = self.protection
-        for name, value, least in (
-            ("budget", self.budget, 1),
-            ("interval", self.interval, 1),
-            ("trace_length", self.trace_length, 2),
-            ("sinks", protection.sinks, 0),
-            ("recent", protection.recent, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
-        if self.budget < protection.sinks + protection.recent:
-            raise ValueError(
-                f"budget {self.budget} is less than the protected pairs, sinks {protection.sinks} + recent "
-                f"{protection.recent}: raise budget or protect less"
-            )
-        self.loaded.check_length(self.trace_length)
-
-    def _check_capacity(self) -> None:
-        """Refuse budgets with which no trace of this length has anything to evict."""
-        if not self.periodic and self.capacity <= self.budget:
-            raise ValueError(
-                f"budget {self.budget} holds the longest prompt of {self.source.name!r}, {self.capacity} tokens: under "
-                "schedule 'prefill' it must be smaller"
-            )
-        if self.trace_length < self.capacity + 2:
-            what = "budget + interval" if self.periodic else "the longest prompt"
-            raise ValueError(
-                f"trace_length {self.trace_length} is too short: with {what} = {self.capacity} an episode needs "
-                f"at least {self.capacity + 2} tokens"
-            )
-
     def _check_trace(self, trace: Trace, budget: int) -> None:
-        """Refuse a trace that can't be decoded with this budget."""
-        tokens, name = trace.tokens, f"trace {trace.name!r}"
-        if len(tokens) > self.trace_length:
-            raise ValueError(f"{name} has {len(tokens)} tokens, more than trace_length {self.trace_length}")
+        """Refuse a trace that can't be decoded with this budget or by this model."""
+        self.limits.check_trace(trace, budget, self.capacity)
+        smallest, largest = trace.tokens.min(), trace.tokens.max()
         vocabulary = self.model.config.get_text_config().vocab_size
-        if tokens.min() < 0 or tokens.max() >= vocabulary:
+        if smallest < 0 or largest >= vocabulary:
             raise ValueError(
-                f"{name} has token ids {tokens.min()} to {tokens.max()}: model {self.loaded.name!r} knows 0 to "
+                f"trace {trace.name!r} has token ids {smallest} to {largest}: model {self.loaded.name!r} knows 0 to "
                 f"{vocabulary - 1}"
             )
-        check_budget(budget, self.protection, trace, self.interval)
-        needed = budget + self.interval if self.periodic else trace.prompt_length
-        if not self.periodic and not budget < trace.prompt_length <= self.capacity:
-            raise ValueError(
-                f"{name} has a prompt of {trace.prompt_length} tokens: schedule 'prefill' needs more than budget "
-                f"{budget} and at most the {self.capacity} slots that were made for the longest prompt"
-            )
-        if len(tokens) < needed + 2:
-            what = f"budget {budget} and interval {self.interval}" if self.periodic else f"a prompt of {needed}"
-            raise ValueError(f"{name} has {len(tokens)} tokens: with {what} it needs at least {needed + 2}")

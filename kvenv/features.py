@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvenv.cache import EvictingCache
+from kvenv.limits import observation_nbytes
 from kvenv.registry import FEATURES, register_features
 from kvenv.state import STATS, LayerState
 
@@ -143,17 +142,6 @@ register_features("foresight", foresight, lambda head_dim, groups: 2 * head_dim 
 register_features("stats", stats, len(STATS_FEATURES), frozenset({"stats"}))
 
 
-def observation_nbytes(layers: int, heads: int, slots: int, width: int) -> int:
-    """Return the bytes of one row's observation: F float32, an int64 position and an int8 mask per slot.
-
-    Parameters
-    ----------
-    layers, heads, slots, width : int
-        L, H, C, F.
-    """
-    return layers * heads * slots * (4 * width + 8 + 1)
-
-
 def memory_table() -> str:
     """Return the table of observation sizes in :class:`kvenv.KVEvictEnv`'s docstring."""
     lines = ["| LLM | L × H × C | `stats` | `kv` | `foresight` |", "| --- | --- | --- | --- | --- |"]
@@ -163,47 +151,6 @@ def memory_table() -> str:
         cells = [name, f"{layers} × {heads} × {slots:,}", *(f"{size:,.2f} MB" for size in sizes)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def refuse_what_cannot_fit(rows: int, nbytes: int, name: str, device: torch.device) -> None:
-    """Refuse observations that memory can't hold, before anything is allocated.
-
-    Gymnasium's ``Box`` keeps the bounds of every element, for one row and for all: on the host that is 2.5 times the
-    observation.
-
-    Parameters
-    ----------
-    rows : int
-        N.
-    nbytes : int
-        Bytes of one row's observation.
-    name : str
-        Name of the feature set.
-    device : torch.device
-        Where observations are computed.
-
-    Raises
-    ------
-    ValueError
-        If N observations exceed the device's memory, or with their bounds the host's.
-    """
-    needs = {"this machine": (int(3.5 * nbytes * (rows + 1)), _host_memory())}
-    if device.type == "cuda":
-        needs[str(device)] = (nbytes * rows, torch.cuda.get_device_properties(device).total_memory)
-    for where, (needed, memory) in needs.items():
-        if needed > memory:
-            raise ValueError(
-                f"observations of features {name!r} take {nbytes / 1e6:,.1f} MB a row, {needed / 1e9:,.1f} GB for "
-                f"{rows} rows, and {where} has {memory / 1e9:,.1f} GB: choose features='stats', a smaller budget or "
-                "fewer rows"
-            )
-
-
-def _host_memory() -> float:
-    """Return the bytes of the host's memory, where the system tells."""
-    if not hasattr(os, "sysconf"):
-        return math.inf
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _needed(state: LayerState) -> Tensor:

@@ -44,7 +44,7 @@ class HeadView(VectorEnv[dict[str, Array], Array, Array]):
         self.single_observation_space = spaces.Dict(
             {
                 "features": spaces.Box(-largest, largest, (slots, width), np.float32),
-                "positions": spaces.Box(-1, env.dynamics.trace_length - 1, (slots,), np.int64),
+                "positions": spaces.Box(-1, env.dynamics.limits.trace_length - 1, (slots,), np.int64),
                 "mask": spaces.MultiBinary(slots),
                 "layer": spaces.Discrete(layers),
                 "head": spaces.Discrete(heads),

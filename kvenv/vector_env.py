@@ -16,10 +16,11 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from kvenv import features as feature_sets
 from kvenv import rewards
 from kvenv.dynamics import Dynamics
+from kvenv.features import feature_set
 from kvenv.golden import Reduce
+from kvenv.limits import Limits, observation_nbytes
 from kvenv.models import load_model
 from kvenv.registry import REWARDS
 from kvenv.render import RENDER_MODES, render_ansi, render_rgb
@@ -106,7 +107,8 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         self.features, self.reward, self.full_metrics = features, reward, full_metrics
         self.max_episode_steps = max_episode_steps
         self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode(self.autoreset_mode)}
-        feature_set = feature_sets.feature_set(features)
+        protection = Protection(sinks, recent, protect_prompt)
+        limits = Limits(trace_length, budget, interval, schedule == "periodic", protection)
         self._reward = REWARDS.get(reward)
         loaded = load_model(model, dtype=dtype, device=device)
         source = load_traces(
@@ -116,12 +118,8 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             loaded,
             source,
             rows=num_envs,
-            trace_length=trace_length,
-            budget=budget,
-            interval=interval,
-            schedule=schedule,
-            protection=Protection(sinks, recent, protect_prompt),
-            features=feature_set,
+            limits=limits,
+            features=feature_set(features),
         )
         self._make_spaces()
         self._generators: tuple[np.random.Generator, ...] = ()
@@ -136,7 +134,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
     @property
     def observation_nbytes(self) -> int:
         """Bytes of one row's observation."""
-        return feature_sets.observation_nbytes(*self.feature_shape)
+        return observation_nbytes(*self.feature_shape)
 
     @property  # type: ignore[override]  # one per row, as SyncVectorEnv
     def np_random(self) -> tuple[np.random.Generator, ...]:
@@ -310,7 +308,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         self.single_observation_space = spaces.Dict(
             {
                 "features": spaces.Box(-largest, largest, self.feature_shape, np.float32),
-                "positions": spaces.Box(-1, self.dynamics.trace_length - 1, shape, np.int64),
+                "positions": spaces.Box(-1, self.dynamics.limits.trace_length - 1, shape, np.int64),
                 "mask": spaces.MultiBinary(shape),
             }
         )
@@ -335,7 +333,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         """Begin an episode in some rows; values that aren't given are drawn or counted."""
         if not len(rows):
             return
-        size, most = self.dynamics.source.size or 2**31, self.dynamics.budget
+        size, most = self.dynamics.source.size or 2**31, self.dynamics.limits.budget
         traces = [_given(trace, row, lambda row: self._generators[row].integers(size)) for row in rows]
         budgets = [_given(budget, row, lambda row: most) for row in rows]
         rollouts = [_given(rollout, row, lambda row: self._begun[row]) for row in rows]

@@ -11,7 +11,7 @@ import torch
 from gymnasium.error import ResetNeeded
 
 import kvenv
-from kvenv.features import refuse_what_cannot_fit
+from kvenv.limits import refuse_what_cannot_fit
 from kvenv.registry import TRACES
 from tests.environments import ARGUMENTS, LENGTH, ragged, single, vector
 
