@@ -24,7 +24,7 @@ class ImitationConfig:
 
     updates: int = 500
     """Gradient steps; each takes one decision of every row."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     """Adam's step size after the warm-up; falls to a tenth by a cosine."""
     warmup: int = 10
     """Updates of linear warm-up."""
@@ -32,8 +32,8 @@ class ImitationConfig:
     """How much higher the better of two pairs must score (0.01 in the paper's code)."""
     weighted: bool = True
     """Weight pairs by how much their order matters; the paper counts all alike."""
-    hidden: int = 16
-    """Hidden units of the scorer."""
+    hidden: int = 64
+    """Hidden units of the scorer (16 in the paper's code)."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     seed: int = 0

@@ -1,0 +1,68 @@
+"""What every learner is: something that updates a policy, and whose state can be put away and taken up again."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from agents.base import Policy
+
+
+@dataclass
+class State:
+    """All that a learner needs to go on as if it had never stopped.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+        Weights, optimizer moments, random states.
+    values : dict
+        JSON-able rest: counters, cursors.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class Learner(ABC):
+    """Trains a policy, one :meth:`update` at a time.
+
+    Attributes
+    ----------
+    name : str
+        What commands, run directories and saved policies call it.
+    config : dataclass
+        Its hyper-parameters.
+    done : int
+        Updates made so far.
+    """
+
+    name: ClassVar[str]
+    config: Any
+    done: int = 0
+
+    @abstractmethod
+    def update(self) -> dict[str, float]:
+        """Make one gradient update and return its metrics by TensorBoard tag."""
+
+    @property
+    @abstractmethod
+    def policy(self) -> Policy:
+        """The policy as trained so far."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Return a copy of everything that the next update depends on."""
+
+    @abstractmethod
+    def restore(self, state: State) -> None:
+        """Go on from a state: the updates that follow are those that followed there, bit for bit on a CPU.
+
+        Raises
+        ------
+        ValueError
+            If the state is of another learner or other shapes.
+        """
