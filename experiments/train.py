@@ -78,7 +78,7 @@ def train_imitation(args: Imitation) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train the agent that the first argument names."""
-    args = tyro.extras.subcommand_cli_from_dict({"imitation": Imitation}, args=argv, prog="experiments.train")
+    args = tyro.extras.subcommand_cli_from_dict({"imitation": Imitation}, args=argv, prog="kvenv train")
     print(f"policy: {train_imitation(args)}")
 
 
