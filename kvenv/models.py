@@ -6,8 +6,10 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PretrainedConfig
 
@@ -119,13 +121,23 @@ def _load(name: str, dtype: str, device: str, revision: str | None, trust_remote
     """Load from disk or hub; the process-level cache."""
     source = _resolve(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    refuse_unsupported(name, _read(AutoConfig, name, source, **options))
+    tokenizer = _read(AutoTokenizer, name, source, **options)
+    # Safetensors only: other weights are pickles.
+    options |= {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
+    model, report = _read(AutoModelForCausalLM, name, source, **options)
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise ValueError(f"model {name!r} can't be loaded: its weights lack {len(missing)} tensors, e.g. {missing[0]}")
+    return _prepare(name, model.to(device), tokenizer)
+
+
+def _read(kind: Any, name: str, source: str, **options: Any) -> Any:
+    """Return ``kind.from_pretrained(source)``; what keeps it from being read becomes an error that names the model."""
     try:
-        refuse_unsupported(name, AutoConfig.from_pretrained(source, **options))
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **options)
-    except OSError as error:
-        raise ValueError(f"model {name!r} can't be loaded: {str(error).splitlines()[0]}") from error
-    return _prepare(name, model.to(device), tokenizer)  # type: ignore[arg-type]  # the method is decorated
+        return kind.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ValueError(f"model {name!r} can't be loaded: {' '.join(str(error).split())}") from error
 
 
 def _resolve(name: str) -> str:

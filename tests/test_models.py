@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,31 @@ def test_missing_files_are_named(directory: Path, missing: str) -> None:
         load_model(str(directory))
 
 
-def test_broken_weights_are_an_error_of_ours(directory: Path) -> None:
-    (directory / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="can't be loaded"):
+@pytest.mark.parametrize("broken", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_broken_files_are_an_error_that_names_the_model(directory: Path, broken: str) -> None:
+    path = directory / broken
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"model '{directory}' can't be loaded: "):
+        load_model(str(directory))
+
+
+def test_a_missing_tokenizer_is_an_error_that_names_the_model(directory: Path) -> None:
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=f"model '{directory}' can't be loaded: .*tokenizer"):
+        load_model(str(directory))
+
+
+def test_missing_weights_are_not_made_up(directory: Path) -> None:
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"its weights lack \d+ tensors, e\.g\. model\.layers\.2\."):
+        load_model(str(directory))
+
+
+def test_pickled_weights_are_not_read(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "adapter.safetensors")
+    torch.save({}, directory / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"can't be loaded: .*safetensors"):
         load_model(str(directory))
 
 

@@ -300,6 +300,7 @@ def test_jsonl_traces_are_cut(tmp_path: Path) -> None:
         ({"input_ids": []}, "input_ids must be a list of token ids"),
         ({"input_ids": [1, "2"]}, "input_ids must be a list of token ids"),
         ({"input_ids": [1, -2]}, "input_ids must be a list of token ids"),
+        ({"input_ids": [1, 2**64]}, "input_ids must be a list of token ids"),
         ({"text": 5}, "text must be a string"),
         ({"prompt": "a"}, "response must be a string"),
         ({"prompt": "a", "response": "b", "answer": "c"}, "answer 'c' does not occur in the response"),
@@ -311,6 +312,20 @@ def test_malformed_jsonl_names_file_and_line(tmp_path: Path, line: object, says:
     with pytest.raises(ValueError, match=says) as error:
         load_traces(path, tokenizer=TOKENIZER, trace_length=32)
     assert str(error.value).startswith(f"{path}:2: ")
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "the old\u2028lamp"}\r\n\n{"text": "the\x85river"}\n', encoding="utf-8")
+    traces = load_traces(str(path), tokenizer=TOKENIZER, trace_length=32)
+    assert [TOKENIZER.decode(traces[i].tokens[1:]) for i in range(2)] == ["the old lamp", "the river"]
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "mine.jsonl"])
+def test_files_that_are_not_utf8_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=rf"{name}': not UTF-8 \(unexpected end of data at byte 3\)"):
+        load_traces(str(tmp_path / name), tokenizer=TOKENIZER)
 
 
 def test_text_files_are_cut_into_traces(tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ class FunctionSource(TraceSource):
         return trace
 
 
+def _read(path: Path) -> str:
+    """Return the text of a file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"traces {str(path)!r}: not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
 def _prompt(length: int, schedule: str) -> int:
     # Text without a prompt: under "prefill" its first half is one.
     return length // 2 if schedule == "prefill" else 0
@@ -76,7 +84,7 @@ def read_text(path: Path, *, split: str, tokenizer: Any, trace_length: int, sche
         If the file is empty.
     """
     encoder = Encoder(tokenizer)
-    ids = encoder.text(path.read_text(encoding="utf-8"))[len(encoder.start) :]
+    ids = encoder.text(_read(path))[len(encoder.start) :]
     if not ids:
         raise ValueError(f"traces {str(path)!r}: the file holds no text")
     size = trace_length - len(encoder.start)
@@ -102,7 +110,8 @@ def read_jsonl(path: Path, *, split: str, tokenizer: Any, trace_length: int, sch
     """
     encoder = Encoder(tokenizer)
     traces = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: a JSON string may hold other line separators, such as U+2028.
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
@@ -184,7 +193,7 @@ def trace_from_record(record: Any, encoder: Encoder, trace_length: int, schedule
         raise ValueError(f"{place}: {found} given: give exactly one of input_ids, text, prompt (with response)")
     if forms == ["input_ids"]:
         ids = record["input_ids"]
-        if not isinstance(ids, list) or not ids or any(type(i) is not int or i < 0 for i in ids):
+        if not isinstance(ids, list) or not ids or any(type(i) is not int or not 0 <= i < 2**63 for i in ids):
             raise ValueError(f"{place}: input_ids must be a list of token ids (integers >= 0)")
         trace = Trace(np.array(ids, dtype=np.int64), _prompt(min(len(ids), trace_length), schedule), (), place)
     elif forms == ["text"]:
