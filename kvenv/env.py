@@ -85,6 +85,7 @@ class KVEvictEnv(gymnasium.Env[Observation, np.ndarray]):
     | ``lm_loss`` | -(sum of the window's NLL) / W: the return is -(total NLL) / W |
     | ``lm_loss_increase`` | the same for NLL minus the full cache's NLL |
     | ``foresight`` | -(sum of increase² over low-entropy targets with increase > 1.5 nats) / (low-entropy targets) |
+    | ``answer_loss`` | -(sum of the NLL of the window's answer tokens) / W |
 
     Low-entropy are the lower 80% of the episode's scored targets by full-cache entropy; their count is the episode's,
     so that the return is ForesightKV's reward. ``kvenv.register_reward`` adds others.

@@ -118,9 +118,15 @@ def foresight(losses: WindowLosses) -> Tensor:
     return -losses.spikes.sum(dim=1) / losses.full.low_entropy_count.clamp(min=1)
 
 
+def answer_loss(losses: WindowLosses) -> Tensor:
+    """-(sum of the NLL of the window's answer tokens) / W; 0 where a trace has no answers."""
+    return -(losses.nll * losses.answer).sum(dim=1) / losses.interval
+
+
 register_reward("lm_loss", lm_loss)
 register_reward("lm_loss_increase", lm_loss_increase)
 register_reward("foresight", foresight)
+register_reward("answer_loss", answer_loss)
 
 
 def low_entropy(entropy: Tensor) -> Tensor:

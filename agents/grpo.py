@@ -1,0 +1,352 @@
+"""GRPO on eviction (ForesightKV, arXiv 2602.03203, stage 2): groups of rollouts of one trace, compared with each other.
+
+An update rolls out every trace G times under the sampling policy, all rows as one batch, pays each trajectory by what
+it does to the LLM's losses, and normalises within the group. Ratios are formed and clipped per pick, as per token in a
+language model's GRPO (arXiv 2402.03300); the loss is the mean over picks, then decisions, then rollouts.
+
+Memory doesn't grow with the number of windows but for the evicted positions and their log-probabilities: a second,
+teacher-forced pass replays the evictions, and every decision's features are made, learnt from and forgotten in place.
+
+There is no credit per layer: a trajectory's loss is a joint outcome of all layers. Letting only one layer of a rollout
+explore would attribute it, but leaves each layer 1/L of the rollouts; where effects add up that is exactly the variance
+that the other layers' exploration costs.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import agents
+from agents.checkpoint import optimizer_state, restore_optimizer
+from agents.learner import Learner, State
+from agents.ranking_policy import Evictions, ReplayPolicy, SamplingPolicy
+from agents.returns import CREDITS, group_advantages, rollout_metrics, window_losses
+from agents.scorer import Scorer, ScorerPolicy
+from kvenv import plackett_luce
+from kvenv.attention import HandedCache
+from kvenv.features import feature_set
+from kvenv.layerwise import rollout
+from kvenv.limits import Limits
+from kvenv.registry import REWARDS
+from kvenv.state import LayerState, Protection
+from kvenv.traces import Trace, TraceSource
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Hyper-parameters of GRPO."""
+
+    updates: int = 250
+    """Updates; each makes new rollouts."""
+    init: str = ""
+    """Policy to start from, a name or a directory, e.g. an imitation run's; if empty, random weights."""
+    traces: int = 4
+    """Traces of an update. A mixture's families come in turn: choose a multiple of their number."""
+    group: int = 8
+    """Rollouts of each trace."""
+    epochs: int = 1
+    """Gradient steps on the rollouts of an update; beyond the first, ratios differ from 1 and are clipped."""
+    budgets: tuple[int, ...] = (64,)
+    """Budgets that updates draw from, one each."""
+    reward: str = "foresight"
+    """What a window is paid: foresight, lm_loss, lm_loss_increase, answer_loss or a registered name."""
+    credit: Literal["trajectory", "window"] = "trajectory"
+    """What a decision is credited with: the trajectory's return (the paper), or what is paid from its window on."""
+    temperature: float = 1.0
+    """Of the sampled evictions: logits are -score / temperature."""
+    clip: float = 0.2
+    """How far from 1 the ratio of a pick pays."""
+    kl: float = 0.05
+    """Weight of the KL divergence from the initial policy, per pick ..."""
+    kl_updates: int = 100
+    """... in so many first updates; 0 afterwards."""
+    learning_rate: float = 3e-4
+    """Adam's step size after the warm-up."""
+    warmup: int = 10
+    """Updates of linear warm-up."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+    hidden: int = 64
+    """Hidden units of a scorer that starts from random weights."""
+    seed: int = 0
+    """Seed of traces, budgets, noise and random weights."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("updates", 1), ("traces", 1), ("group", 2), ("epochs", 1), ("hidden", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be at least {least}")
+        for name in ("temperature", "clip", "learning_rate", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be positive")
+        if not self.budgets:
+            raise ValueError("budgets () is impossible: give at least one")
+        if self.credit not in CREDITS:
+            raise ValueError(f"unknown credit {self.credit!r}: known are {', '.join(CREDITS)}")
+
+
+@dataclass(frozen=True)
+class Experience:
+    """The rollouts of an update: N rows, those of a trace side by side.
+
+    Attributes
+    ----------
+    traces : list of Trace
+        One per row.
+    budget : int
+        B.
+    evictions : Evictions
+        What went.
+    reward : Tensor (N, J)
+        What each window paid.
+    metrics : dict
+        Means over the rollouts, by TensorBoard tag.
+    """
+
+    traces: list[Trace]
+    budget: int
+    evictions: Evictions
+    reward: Tensor
+    metrics: dict[str, float]
+
+
+class GRPOLearner(Learner):
+    """Trains a scorer by group-relative policy optimisation.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The LLM, on kvenv's attention (:func:`kvenv.load_model`).
+    source : TraceSource
+        Training traces; families joined by ``+`` come in turn.
+    config : GRPOConfig, optional
+        Hyper-parameters.
+    interval : int
+        W.
+    protection : Protection, optional
+        Pairs never evicted; if not given, the first 4 and the newest W.
+    features : str
+        Feature set of a scorer that starts from random weights; one to start from has its own.
+
+    Raises
+    ------
+    ValueError
+        If the reward is unknown, or the policy to start from is no scorer of this model.
+    """
+
+    name: ClassVar[str] = "grpo"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: TraceSource,
+        config: GRPOConfig | None = None,
+        *,
+        interval: int = 16,
+        protection: Protection | None = None,
+        features: str = "foresight",
+    ) -> None:
+        self.model, self.source, self.config = model, source, config or GRPOConfig()
+        self.interval, self.protection = interval, protection or Protection(recent=interval)
+        self._reward = REWARDS.get(self.config.reward)
+        self.layers = HandedCache(model).num_layers
+        start = self._loaded(self.config.init) if self.config.init else self._random(features)
+        self.scorer, self.features = start.scorer.train(), feature_set(start.features)
+        self.reference = copy.deepcopy(self.scorer).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.scorer.parameters(), lr=self.config.learning_rate)
+
+    @property
+    def policy(self) -> ScorerPolicy:
+        """The policy as trained so far; it evicts what scores lowest."""
+        training = {"learner": self.name, "done": self.done, **asdict(self.config)}
+        return ScorerPolicy(self.scorer, self.features.name, self.name, training)
+
+    def update(self) -> dict[str, float]:
+        """Roll out, compare, replay and step."""
+        began = time.perf_counter()
+        experience = self.collect()
+        collected = time.perf_counter()
+        config = self.config
+        advantages = group_advantages(experience.reward, config.group, config.credit)
+        kl_weight = config.kl if self.done < config.kl_updates else 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1.0, (self.done + 1) / max(1, config.warmup))
+        for _ in range(config.epochs):
+            self.optimizer.zero_grad()
+            metrics = self.accumulate(experience, advantages, kl_weight)
+            norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), config.grad_clip)
+            self.optimizer.step()
+        self.done += 1
+        return {
+            **experience.metrics,
+            **metrics,
+            "loss/grad_norm": float(norm),
+            "time/env": collected - began,
+            "time/learn": time.perf_counter() - collected,
+        }
+
+    def collect(self) -> Experience:
+        """Make the rollouts of the next update.
+
+        Raises
+        ------
+        ValueError
+            If a trace can't be decoded with the budget drawn.
+        """
+        config, rng = self.config, np.random.default_rng([self.config.seed, self.done])
+        budget = int(rng.choice(config.budgets))
+        first = int(rng.integers(self.source.size or 1 << 31))
+        ids = [first + i if self.source.size is None else (first + i) % self.source.size for i in range(config.traces)]
+        traces = [self.source[trace_id] for trace_id in ids]
+        self._check(traces, budget)
+        rows = [trace for trace in traces for _ in range(config.group)]
+        evictions = Evictions(self.layers, self.interval)
+        sampler = SamplingPolicy(self.policy, config.temperature, evictions)
+        done = rollout(
+            sampler,
+            rows,
+            model=self.model,
+            budget=budget,
+            interval=self.interval,
+            protection=self.protection,
+            seed=config.seed,
+            rollouts=range(self.done * len(rows), (self.done + 1) * len(rows)),
+            on_eviction=sampler.record,
+        )
+        windows = window_losses(self.model, traces, done.losses, budget + self.interval, self.interval)
+        reward = self._reward(windows).unflatten(0, (len(rows), -1))
+        return Experience(rows, budget, evictions, reward, rollout_metrics(windows, reward))
+
+    def accumulate(self, experience: Experience, advantages: Tensor, kl_weight: float) -> dict[str, float]:
+        """Add the loss's gradient to the scorer's, one decision of one layer at a time, and return the metrics.
+
+        Parameters
+        ----------
+        experience : Experience
+            The rollouts, which are replayed.
+        advantages : Tensor (N, J)
+            Of each window.
+        kl_weight : float
+            Weight of the divergence from the reference.
+        """
+        evictions, config = experience.evictions, self.config
+        weight = 1 / (evictions.decisions().clamp(min=1) * len(experience.traces))
+        totals: dict[str, Tensor] = {}
+        seen = [0] * self.layers
+
+        def learn(state: LayerState, order: Tensor, count: Tensor) -> None:
+            layer, window = state.layer, seen[state.layer]
+            seen[layer] += 1
+            features = self.features.compute(state)
+            picks = (order, state.mask, count, self.interval)
+            share = weight[:, None] / count.clamp(min=1)
+            with torch.enable_grad():
+                logits = -self.scorer(features, layer) / config.temperature
+                change = plackett_luce.log_prob(logits, *picks) - evictions.log_prob[layer][window]
+                ratio, advantage = change.exp(), advantages[:, window, None, None].to(change.dtype)
+                clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+                # Where no pick was made the change is 0, but the ratio is 1.
+                made = torch.arange(self.interval, device=order.device) < count[..., None]
+                gain = torch.where(made, torch.minimum(ratio * advantage, clipped * advantage), 0.0)
+                reference = -self.reference(features, layer) / config.temperature
+                kl = plackett_luce.kl(logits, reference, *picks)
+                policy_loss, kl_loss = -(gain.sum(dim=-1) * share).sum(), (kl.sum(dim=-1) * share).sum()
+                (policy_loss + kl_weight * kl_loss).backward()
+            entropy = plackett_luce.entropy(logits.detach(), *picks)
+            beyond = ((ratio - 1).abs() > config.clip).to(share.dtype)
+            for tag, value in (
+                ("loss/policy", policy_loss.detach()),
+                ("loss/kl", kl_loss.detach()),
+                ("loss/entropy", (entropy.sum(dim=-1) * share).sum()),
+                ("loss/clip_fraction", (beyond.sum(dim=-1) * share).sum()),
+            ):
+                totals[tag] = totals.get(tag, 0) + value
+
+        length = max(len(trace.tokens) for trace in experience.traces)
+        rollout(
+            ReplayPolicy(evictions, self.features.needs, length),
+            experience.traces,
+            model=self.model,
+            budget=experience.budget,
+            interval=self.interval,
+            protection=self.protection,
+            on_eviction=learn,
+        )
+        return {tag: float(total) for tag, total in totals.items()}
+
+    def state(self) -> State:
+        """Return weights, reference, moments and the count of updates, from which traces and noise follow."""
+        tensors = optimizer_state(self.optimizer)
+        for prefix, scorer in (("scorer", self.scorer), ("reference", self.reference)):
+            tensors |= {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in scorer.state_dict().items()}
+        return State(tensors, {"learner": self.name, "done": self.done})
+
+    def restore(self, state: State) -> None:
+        """Go on from a state."""
+        if state.values.get("learner") != self.name:
+            raise ValueError(f"the state is of learner {state.values.get('learner')!r}, not {self.name!r}")
+        for prefix, scorer in (("scorer", self.scorer), ("reference", self.reference)):
+            own = {name.removeprefix(prefix + "."): x for name, x in state.tensors.items() if name.startswith(prefix)}
+            try:
+                scorer.load_state_dict(own)
+            except RuntimeError as error:
+                raise ValueError(f"the state's {prefix} doesn't fit this learner's: {error}") from error
+        restore_optimizer(self.optimizer, state.tensors)
+        self.done = int(state.values["done"])
+
+    def _check(self, traces: Sequence[Trace], budget: int) -> None:
+        """Refuse traces that can't be decoded with a budget."""
+        limits = Limits(max(len(trace.tokens) for trace in traces), budget, self.interval, True, self.protection)
+        for trace in traces:
+            limits.check_trace(trace, budget, budget + self.interval)
+
+    def _loaded(self, init: str) -> ScorerPolicy:
+        """Return a copy of the policy to start from."""
+        policy = agents.make(init)
+        if not isinstance(policy, ScorerPolicy):
+            raise ValueError(f"init {init!r} is not a learned policy: give the directory of one with a scorer")
+        scorer, shape = copy.deepcopy(policy.scorer).to(self.model.device), HandedCache(self.model)
+        layers, heads, width, _ = scorer.shape
+        wanted = feature_set(policy.features).width(shape.head_dim, shape.groups)
+        if (layers, heads, width) != (self.layers, shape.kv_heads, wanted):
+            raise ValueError(
+                f"init {init!r} was trained for {layers} layers x {heads} KV heads with {width} features, "
+                f"this model has {self.layers} x {shape.kv_heads} with {wanted}"
+            )
+        return ScorerPolicy(scorer, policy.features)
+
+    def _random(self, features: str) -> ScorerPolicy:
+        """Return a policy of random weights, its input constants taken from first decisions."""
+        shape, config = HandedCache(self.model), self.config
+        width = feature_set(features).width(shape.head_dim, shape.groups)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            scorer = Scorer(self.layers, shape.kv_heads, width, config.hidden).to(self.model.device)
+        policy, first = ScorerPolicy(scorer, features), {}
+
+        def keep(state: LayerState, order: Tensor, count: Tensor) -> None:
+            if state.layer not in first:
+                first[state.layer] = feature_set(features).compute(state), state.filled
+
+        traces = [self.source[trace_id] for trace_id in range(config.traces)]
+        self._check(traces, max(config.budgets))
+        rollout(
+            policy,
+            traces,
+            model=self.model,
+            budget=max(config.budgets),
+            interval=self.interval,
+            protection=self.protection,
+            on_eviction=keep,
+        )
+        seen, filled = (torch.stack(x, dim=1) for x in zip(*(first[layer] for layer in range(self.layers))))
+        scorer.calibrate(seen, filled)
+        return policy

@@ -1,0 +1,288 @@
+"""GRPO: evictions replay exactly, the gradient is the plain one at constant memory, and what is rewarded is learnt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Categorical, kl_divergence
+
+import agents
+import kvenv
+from agents.checkpoint import load_checkpoint, save_checkpoint
+from agents.grpo import Experience, GRPOConfig, GRPOLearner
+from agents.learner import State
+from agents.ranking_policy import Evictions, ReplayPolicy, SamplingPolicy
+from agents.returns import CREDITS, group_advantages
+from agents.scorer import Scorer, ScorerPolicy
+from kvenv.expert import policy_action
+from kvenv.layerwise import rollout
+from kvenv.registry import REWARDS
+from kvenv.traces import Trace, TraceSource
+from kvenv.traces.user import ListSource
+from tests.environments import BUDGET, INTERVAL, LENGTH, MODEL, PROTECTION, RAGGED, trace, vector
+from tests.models import random_tokens
+
+GROUP = 3
+
+
+def learner(source: TraceSource | None = None, **changes: Any) -> GRPOLearner:
+    """Return a learner on the small random model."""
+    config = GRPOConfig(**{"traces": 2, "group": GROUP, "budgets": (BUDGET,), "hidden": 4, **changes})
+    source = source or kvenv.load_traces(RAGGED, tokenizer=None, trace_length=LENGTH)
+    model = kvenv.load_model(MODEL).model
+    return GRPOLearner(model, source, config, interval=INTERVAL, protection=PROTECTION, features="stats")
+
+
+def perturbed(changed: GRPOLearner, scale: float = 0.3) -> GRPOLearner:
+    """Move a learner's weights off those that it made its rollouts with."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in changed.scorer.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return changed
+
+
+def gradients(of: GRPOLearner) -> list[torch.Tensor]:
+    """Return the gradient of every weight."""
+    return [parameter.grad.clone() for parameter in of.scorer.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+def test_advantages_are_the_formula(credit: str) -> None:
+    reward = np.random.default_rng(0).normal(size=(6, 4))
+    expected = np.zeros_like(reward)
+    for first in (0, 3):
+        for window in range(4):
+            start = 0 if credit == "trajectory" else window
+            returns = [sum(reward[row, start:]) for row in range(first, first + 3)]
+            expected[first : first + 3, window] = (returns - np.mean(returns)) / np.std(returns)
+    np.testing.assert_allclose(group_advantages(torch.as_tensor(reward), 3, credit), expected, atol=1e-12)
+
+
+def test_rollouts_that_are_paid_alike_teach_nothing() -> None:
+    reward = torch.tensor([[0.1, 0.3], [0.3, 0.1 + 1e-9], [0.0, 0.0], [0.0, 0.0]])
+    assert not group_advantages(reward, 2).any()
+
+
+def test_a_replay_evicts_the_same_and_every_ratio_is_one() -> None:
+    one = learner(seed=3)
+    experience = one.collect()
+    again = Evictions(one.layers, INTERVAL)
+
+    def keep(state: Any, order: torch.Tensor, count: torch.Tensor) -> None:
+        went = torch.arange(INTERVAL) < count[..., None]
+        positions = state.positions.gather(-1, order[..., :INTERVAL])
+        again.positions[state.layer].append(torch.where(went, positions, -1).int())
+
+    replay = ReplayPolicy(experience.evictions, frozenset(), LENGTH)
+    options = {"model": one.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
+    rollout(replay, experience.traces, on_eviction=keep, **options)  # type: ignore[arg-type]
+    for layer, expected in zip(again.positions, experience.evictions.positions, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(layer, expected, strict=True))
+    metrics = one.accumulate(experience, group_advantages(experience.reward, GROUP), kl_weight=1.0)
+    assert metrics["loss/clip_fraction"] == 0
+    assert metrics["loss/kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["loss/policy"] == pytest.approx(0, abs=1e-6), "advantages of a group sum to 0 where ratios are 1"
+    assert metrics["loss/entropy"] > 0
+
+
+@pytest.mark.parametrize("reward", ["foresight", "lm_loss", "lm_loss_increase", "answer_loss"])
+def test_rollouts_are_those_of_the_environment(reward: str) -> None:
+    one = learner(reward=reward, temperature=0.2, seed=7)
+    experience = one.collect()
+    env = vector(len(experience.traces), reward=reward, autoreset_mode="Disabled", output="torch")
+    ids = [int(trace.name.rsplit("/", 1)[1]) for trace in experience.traces]
+    sampler = SamplingPolicy(one.policy, 0.2)
+    env.track(sampler.needs - {"noise"})
+    env.reset(seed=[7] * env.num_envs, options={"trace": ids, "rollout": list(range(env.num_envs))})
+    for window in range(experience.reward.shape[1]):
+        _, paid, *_ = env.step(policy_action(env, sampler))
+        torch.testing.assert_close(paid, experience.reward[:, window], rtol=1e-9, atol=1e-9)
+
+
+def test_a_rollout_does_not_depend_on_the_rows_beside_it() -> None:
+    one = learner()
+    experience, alone = one.collect(), Evictions(one.layers, INTERVAL)
+    sampler = SamplingPolicy(one.policy, 1.0, alone)
+    options = {"model": one.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
+    rollout(sampler, experience.traces[4:5], rollouts=[4], on_eviction=sampler.record, **options)  # type: ignore[arg-type]
+    for layer, expected in zip(alone.positions, experience.evictions.positions, strict=True):
+        assert all(torch.equal(x[0], y[4]) for x, y in zip(layer, expected))
+
+
+def plain_loss(of: GRPOLearner, experience: Experience, advantages: torch.Tensor, kl_weight: float) -> torch.Tensor:
+    """Return the loss with every feature in memory, pick by pick, by torch's own categorical distributions."""
+    seen: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
+
+    def keep(state: Any, order: torch.Tensor, count: torch.Tensor) -> None:
+        features = of.features.compute(state)
+        seen.append((state.layer, (features, state.mask.clone(), order.clone()), count.clone()))  # type: ignore[arg-type]
+
+    replay = ReplayPolicy(experience.evictions, of.features.needs, LENGTH)
+    options = {"model": of.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
+    rollout(replay, experience.traces, on_eviction=keep, **options)  # type: ignore[arg-type]
+    rows: list[list[torch.Tensor]] = [[] for _ in experience.traces]
+    windows = [0] * of.layers
+    for layer, (features, mask, order), count in seen:  # type: ignore[misc]
+        logits, fixed = (-scorer(features, layer) / of.config.temperature for scorer in (of.scorer, of.reference))
+        for row, picks_of_row in enumerate(rows):
+            for head in range(mask.shape[1]):
+                picks = []
+                left = mask[row, head].clone()
+                for pick in order[row, head, : int(count[row, head])]:
+                    now, was = (
+                        Categorical(logits=x[row, head].masked_fill(~left, -torch.inf)[left]) for x in (logits, fixed)
+                    )
+                    chosen = torch.tensor(int(left[:pick].sum()))
+                    ratio = (now.log_prob(chosen) - was.log_prob(chosen).detach()).exp()
+                    advantage = float(advantages[row, windows[layer]])
+                    gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+                    picks.append(-gain + kl_weight * kl_divergence(now, was))
+                    left = left & (torch.arange(len(left)) != pick)
+                if picks:
+                    picks_of_row.append(torch.stack(picks).mean())
+        windows[layer] += 1
+    return torch.stack([torch.stack(row).mean() for row in rows]).mean()
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+def test_the_gradient_is_that_of_the_plain_loss(credit: str) -> None:
+    one = learner(credit=credit, traces=1, temperature=0.5)
+    experience = one.collect()
+    advantages = group_advantages(experience.reward, GROUP, credit)
+    metrics = perturbed(one).accumulate(experience, advantages, kl_weight=0.7)
+    found = gradients(one)
+    assert metrics["loss/clip_fraction"] > 0.05, "without clipped picks the test tests less than it says"
+    assert metrics["loss/kl"] > 0.01
+    one.optimizer.zero_grad()
+    loss = plain_loss(one, experience, advantages, 0.7)
+    loss.backward()
+    assert metrics["loss/policy"] + 0.7 * metrics["loss/kl"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    for mine, plain in zip(found, gradients(one), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_number_of_windows() -> None:
+    peaks = []
+    for length in (LENGTH, 2 * LENGTH):
+        tokens = random_tokens(1, length)[0].numpy()
+        one = learner(ListSource("list", "train", [Trace(tokens, 0, (), "list/0")]), traces=1)
+        experience = one.collect()
+        held = [0, 0]
+
+        class Saved:
+            """A tensor that autograd holds; counts while it lives."""
+
+            def __init__(self, tensor: torch.Tensor, held: list[int] = held) -> None:
+                self.tensor, self.held = tensor, held
+                held[0] += tensor.nbytes
+                held[1] = max(held)
+
+            def __del__(self) -> None:
+                self.held[0] -= self.tensor.nbytes
+
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            one.accumulate(experience, group_advantages(experience.reward, GROUP), 0.1)
+        assert held[0] == 0, "something of the replay is kept"
+        peaks.append(held[1])
+    assert peaks[0] == peaks[1] > 0
+
+
+def test_restored_is_never_stopped(tmp_path: Path) -> None:
+    changes = {"budgets": (BUDGET - 4, BUDGET), "epochs": 2, "kl_updates": 3, "warmup": 3}
+    whole, first, second = (learner(**changes) for _ in range(3))
+    curve = [whole.update()["rollout/ep_rew_mean"] for _ in range(4)]
+    for _ in range(2):
+        first.update()
+    save_checkpoint(tmp_path, first.state(), first.done)
+    perturbed(second).restore(load_checkpoint(tmp_path))
+    assert [second.update()["rollout/ep_rew_mean"] for _ in range(2)] == curve[2:]
+    expected, found = whole.state(), second.state()
+    assert found.values == expected.values
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(found.tensors[name], expected.tensors[name]) for name in expected.tensors)
+
+
+def test_states_of_others_are_refused() -> None:
+    state = learner().state()
+    with pytest.raises(ValueError, match="learner 'ppo'"):
+        learner().restore(State(state.tensors, state.values | {"learner": "ppo"}))
+    with pytest.raises(ValueError, match="scorer doesn't fit"):
+        learner(hidden=5).restore(state)
+
+
+def test_it_learns_what_it_is_paid_for() -> None:
+    source = ListSource("list", "train", [trace(0), trace(3)])
+    one = learner(source, reward="lm_loss", group=12, learning_rate=3e-2, kl=0.0, credit="window", temperature=0.5)
+    paid = [one.update()["rollout/ep_rew_mean"] for _ in range(30)]
+    noise = np.std(np.diff(paid)) / 2**0.5 * (2 / 5) ** 0.5  # of the difference of two means of five
+    assert np.mean(paid[-5:]) > np.mean(paid[:5]) + 3 * noise, paid
+
+
+def test_the_divergence_from_the_start_is_held_down_as_long_as_it_is_weighted() -> None:
+    free, held, released = (
+        learner(learning_rate=3e-2, warmup=0, kl=kl, kl_updates=updates) for kl, updates in ((0, 9), (20, 9), (20, 1))
+    )
+    divergence = [[one.update()["loss/kl"] for _ in range(6)][-1] for one in (free, held, released)]
+    assert divergence[1] < 0.5 * min(divergence[0], divergence[2])
+
+
+def test_it_goes_on_from_a_saved_policy(tmp_path: Path) -> None:
+    start = learner().policy
+    start.save(tmp_path / "start")
+    one = learner(init=str(tmp_path / "start"), hidden=9)
+    assert torch.equal(one.scorer.first, start.scorer.first)
+    one.update()
+    assert not torch.equal(one.scorer.first, start.scorer.first)
+    one.policy.save(tmp_path / "policy")
+    saved = agents.make(tmp_path / "policy")
+    assert (saved.name, saved.features) == ("grpo", "stats")  # type: ignore[attr-defined]
+    assert json.loads((tmp_path / "policy" / "policy.json").read_text())["training"]["group"] == GROUP
+
+
+def test_rewards_of_answers_count_answers_only() -> None:
+    one = learner(ListSource("list", "train", [trace(0), trace(3)]), reward="answer_loss")
+    experience = one.collect()
+    assert experience.reward.shape == (6, -(-(LENGTH - 1 - BUDGET - INTERVAL) // INTERVAL))
+    # The answers are at 35, 36, 37 and 44, the windows' targets at 27-32, 33-38, 39-44, ...
+    assert (experience.reward != 0).any(dim=0).tolist() == [False, True, True, False, False, False]
+    assert "answer_loss" in REWARDS
+    assert experience.metrics["rollout/answer_loss"] == pytest.approx(
+        float(-experience.reward.sum() * INTERVAL / (6 * 4)), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group": 1}, "group 1 is impossible: it must be at least 2"),
+        ({"temperature": 0.0}, r"temperature 0\.0 is impossible"),
+        ({"credit": "layer"}, "unknown credit 'layer': known are trajectory, window"),
+        ({"reward": "fame"}, "unknown reward 'fame'"),
+        ({"budgets": ()}, "budgets"),
+        ({"budgets": (LENGTH,)}, f"budget {LENGTH}"),
+        ({"init": "h2o"}, "init 'h2o' is not a learned policy"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        learner(**changes).update()
+
+
+def test_a_policy_of_another_model_is_refused(tmp_path: Path) -> None:
+    ScorerPolicy(Scorer(1, 1, 12), "stats").save(tmp_path)
+    with pytest.raises(ValueError, match=r"1 layers x 1 KV heads with 12 features, this model has 2 x 2 with 12"):
+        learner(init=str(tmp_path))
+
+
+def test_recording_needs_somewhere_to_write() -> None:
+    one = learner()
+    sampler = SamplingPolicy(one.policy, 1.0)
+    options = {"model": one.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
+    with pytest.raises(ValueError, match="evictions="):
+        rollout(sampler, [trace(0)], on_eviction=sampler.record, **options)  # type: ignore[arg-type]
