@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,6 +19,9 @@ from kvenv.files import write_atomic
 
 KEPT = 2
 """Checkpoints that are kept: a damaged newest one has a predecessor."""
+
+FORMAT = "kvenv-checkpoint-1"
+"""What ``state.json`` says it is."""
 
 _TENSORS, _VALUES = "state.safetensors", "state.json"
 
@@ -34,10 +39,11 @@ def save_checkpoint(directory: str | os.PathLike[str], state: State, step: int) 
         Updates made; larger is newer.
     """
     target = Path(directory) / f"{step:08d}"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    write_atomic(target / _TENSORS, save(tensors))
-    # Last: a directory without it is not a checkpoint.
-    write_atomic(target / _VALUES, json.dumps(state.values))
+    tensors = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()})
+    write_atomic(target / _TENSORS, tensors)
+    # Last: a directory without it is not a checkpoint, and its digest says whether both belong together.
+    digest = hashlib.sha256(tensors).hexdigest()
+    write_atomic(target / _VALUES, json.dumps({"format": FORMAT, "sha256": digest, "values": state.values}))
     for old in checkpoints(directory)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -48,7 +54,7 @@ def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def load_checkpoint(directory: str | os.PathLike[str]) -> State:
-    """Return the newest checkpoint that can be read.
+    """Return the newest checkpoint that can be read; a warning names every newer one and what is wrong with it.
 
     Raises
     ------
@@ -60,16 +66,36 @@ def load_checkpoint(directory: str | os.PathLike[str]) -> State:
     found = checkpoints(directory)
     if not found:
         raise FileNotFoundError(f"{directory} holds no checkpoint")
-    problems = []
+    problems: list[str] = []
     for path in reversed(found):
         try:
-            values = json.loads((path / _VALUES).read_text(encoding="utf-8"))
-            if not isinstance(values, dict):
-                raise ValueError("state.json is not a JSON object")
-            return State(load((path / _TENSORS).read_bytes()), values)
+            state = _read(path)
         except (OSError, ValueError, SafetensorError) as error:
             problems.append(f"{path}: {error}")
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem}; going on from {path.name}", stacklevel=2)
+        return state
     raise ValueError(f"no checkpoint can be read: {problems[0]}")
+
+
+def _read(path: Path) -> State:
+    """Return the checkpoint in a directory.
+
+    Raises
+    ------
+    OSError, ValueError, SafetensorError
+        If it is damaged or something else.
+    """
+    description = json.loads((path / _VALUES).read_text(encoding="utf-8"))
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(f"{_VALUES} is not a checkpoint of format {FORMAT!r}")
+    tensors = (path / _TENSORS).read_bytes()
+    if hashlib.sha256(tensors).hexdigest() != description.get("sha256"):
+        raise ValueError(f"{_TENSORS} is damaged or belongs to another checkpoint: its digest differs")
+    if not isinstance(description.get("values"), dict):
+        raise ValueError(f"{_VALUES} has no object 'values'")
+    return State(load(tensors), description["values"])
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, Tensor]:

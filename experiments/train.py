@@ -1,20 +1,27 @@
-"""``python -m experiments.train imitation``: train an agent through the environment and save its policy."""
+"""``python -m experiments.train LEARNER``: train an agent in a run directory, resumable at any moment."""
 
 from __future__ import annotations
 
-import json
+import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
 import tyro
-from torch.utils.tensorboard import SummaryWriter
 
+from agents import imitation
 from agents.imitation import ImitationConfig, ImitationLearner
-from experiments.cli import run
+from agents.learner import Learner
+from experiments.cli import run as run_command
 from experiments.progress import track
-from kvenv.files import write_atomic
+from experiments.runs import POLICY, Interruption, Run, changed, from_json, read_config, to_json, write_config
+from experiments.validation import Validation
 from kvenv.vector_env import KVEvictVectorEnv
+
+PresetName = Literal["none", "foresightkv", "kvp"]
 
 
 @dataclass(frozen=True)
@@ -45,42 +52,218 @@ class EnvironmentArgs:
     """Data type of the LLM."""
 
     def make(self) -> KVEvictVectorEnv:
-        """Return the training environment: on tensors, every step a decision of every row."""
-        return KVEvictVectorEnv(**asdict(self), split="train", output="torch", autoreset_mode="SameStep")
+        """Return the training environment: on tensors, finished rows idle until all are reset."""
+        return KVEvictVectorEnv(**asdict(self), split="train", output="torch", autoreset_mode="Disabled")
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """What is kept of the training, and how often."""
+
+    preset: PresetName = "none"
+    """Start from published hyper-parameters; options given besides override them."""
+    out: Path = Path("runs/train")
+    """Directory of the run: config.json, metrics.jsonl, checkpoints/, policy/, TensorBoard events."""
+    resume: Path | None = None
+    """Go on with the run in this directory, with its arguments; --updates extends a finished one."""
+    eval_every: int = 100
+    """Updates between two evaluations on validation traces; 0 for none."""
+    eval_traces: int = 32
+    """Validation traces; a mixture's families come in turn."""
+    eval_budgets: tuple[int, ...] = ()
+    """Budgets of the evaluation, whose mean is reported; the environment's budget if empty."""
+    save_every: int = 50
+    """Updates between two checkpoints."""
 
 
 @dataclass(frozen=True)
 class Imitation:
-    """Imitate Golden Eviction by a pairwise ranking loss along golden trajectories (ForesightKV, stage 1)."""
+    """Imitate Golden Eviction along its own trajectories or, with DAgger, the agent's (ForesightKV, stage 1)."""
+
+    name: ClassVar[str] = "imitation"
 
     env: tyro.conf.OmitArgPrefixes[EnvironmentArgs] = field(default_factory=EnvironmentArgs)
     learner: tyro.conf.OmitArgPrefixes[ImitationConfig] = field(default_factory=ImitationConfig)
-    out: Path = Path("runs/imitation")
-    """Directory of the run: config.json, policy/, TensorBoard events."""
+    run: tyro.conf.OmitArgPrefixes[RunArgs] = field(default_factory=RunArgs)
+
+    def build(self) -> Learner:
+        """Return the learner at its start."""
+        return ImitationLearner(self.env.make(), self.learner)
 
 
-def train_imitation(args: Imitation) -> Path:
-    """Train by imitation and return the directory of the saved policy."""
-    env = args.env.make()
-    config = {"env": asdict(args.env), "learner": asdict(args.learner)}
-    write_atomic(args.out / "config.json", json.dumps(config, indent=2) + "\n")
-    learner = ImitationLearner(env, args.learner)
-    with SummaryWriter(str(args.out)) as writer:
-        for update in track(range(args.learner.updates), "imitation"):
-            for tag, value in learner.update().items():
-                writer.add_scalar(tag, value, update)
-    env.close()
+Args = Imitation
+"""Arguments of any learner."""
+
+LEARNERS: dict[str, type[Args]] = {kind.name: kind for kind in (Imitation,)}
+"""What the first argument can be."""
+
+PRESETS: dict[tuple[str, str], Args] = {
+    ("imitation", "foresightkv"): Imitation(EnvironmentArgs(num_envs=4), imitation.PRESETS["foresightkv"]),
+}
+"""Published hyper-parameters by learner and name; budget and interval are the environment's, not the papers'."""
+
+
+def default_arguments(name: str, preset: PresetName = "none") -> Args:
+    """Return a learner's arguments where none are given.
+
+    Raises
+    ------
+    ValueError
+        If the learner has no such preset.
+    """
+    args: Args = LEARNERS[name]()
+    if preset != "none":
+        if (name, preset) not in PRESETS:
+            known = [other for learner, other in PRESETS if learner == name]
+            raise ValueError(f"--preset {preset} is none of {name}: it has {', '.join(known) or 'no presets'}")
+        args = PRESETS[name, preset]
+    return replace(args, run=replace(args.run, preset=preset, out=Path("runs") / name))
+
+
+def parse(arguments: Sequence[str]) -> Args:
+    """Return the arguments of a learner, those of a resumed run taken from its directory.
+
+    Raises
+    ------
+    ValueError
+        If a resumed run is given other arguments than more updates.
+    """
+    name, *rest = arguments
+    prog = f"kvenv train {name}"
+    resume = _option(rest, "--resume")
+    if resume is None:
+        preset = _option(rest, "--preset") or "none"
+        # An unknown preset is tyro's to refuse.
+        known: Any = preset if preset in get_args(PresetName) else "none"
+        return tyro.cli(LEARNERS[name], args=rest, default=default_arguments(name, known), prog=prog)
+    config = read_config(Path(resume))
+    if config["learner"] != name:
+        raise ValueError(f"--resume {resume}: that is a run of {config['learner']}, not of {name}")
+    saved = from_json(default_arguments(name), config["arguments"])
+    given = tyro.cli(LEARNERS[name], args=rest, default=saved, prog=prog)
+    differs = changed(to_json(saved), to_json(given))
+    for argument, (was, now) in differs.items():
+        if argument not in ("resume", "updates"):
+            option = argument.replace("_", "-")
+            raise ValueError(f"--{option} {now}: the run has {was}, and a resumed run keeps its arguments")
+    return given
+
+
+def train(args: Args) -> Path:
+    """Train in a run directory, or go on in one, and return the directory of the saved policy.
+
+    Raises
+    ------
+    ValueError
+        If an argument is impossible.
+    SystemExit
+        With the code of a signal that came (130 or 143), after a checkpoint.
+    """
+    _check(args)
+    learner = args.build()
+    if args.run.resume is None:
+        run = Run.create(args.run.out, args.name, args)
+    else:
+        run = Run(args.run.resume)
+        run.restore(learner)
+        _extend(run, args.learner.updates, learner.done)
+    validation = make_validation(args.env, args.run) if args.run.eval_every else None
+    with Interruption() as interruption, run.writing(learner.done):
+        if learner.done == 0 and validation:
+            run.log(0, *_validate(validation, learner))
+        for _ in track(range(learner.done, args.learner.updates), args.name):
+            _advance(run, learner, validation, args, interruption)
+            if interruption.signal:
+                print(f"saved after {learner.done} updates: go on with --resume {run.directory}", file=sys.stderr)
+                raise SystemExit(interruption.exit_code)
+    return run.directory / POLICY
+
+
+def _advance(run: Run, learner: Learner, validation: Validation | None, args: Args, interruption: Interruption) -> None:
+    """Make one update, and what falls due after it."""
+    began = time.perf_counter()
+    metrics, image = learner.update(), None
+    run.seconds += time.perf_counter() - began
+    last = learner.done >= args.learner.updates
+    if validation and (last or learner.done % args.run.eval_every == 0):
+        measured, image = _validate(validation, learner)
+        metrics |= measured
+    run.log(learner.done, metrics, image)
+    if last or learner.done % args.run.save_every == 0 or interruption.signal:
+        run.save(learner)
+
+
+def _validate(validation: Validation, learner: Learner) -> tuple[dict[str, float], np.ndarray]:
+    """Return what validation traces say of the policy, and a picture of what it keeps."""
     policy = learner.policy
-    policy.training |= {"env": config["env"]}
-    policy.save(args.out / "policy")
-    return args.out / "policy"
+    return validation.measure(policy), validation.picture(policy)
+
+
+def make_validation(env: EnvironmentArgs, run: RunArgs) -> Validation:
+    """Return the validation of policies that are trained in an environment."""
+    return Validation(
+        model=env.model,
+        traces=env.traces,
+        trace_length=env.trace_length,
+        interval=env.interval,
+        sinks=env.sinks,
+        recent=env.recent,
+        budgets=run.eval_budgets or (env.budget,),
+        num_traces=run.eval_traces,
+        device=env.device,
+        dtype=env.dtype,
+    )
+
+
+def _check(args: Args) -> None:
+    """Refuse numbers that can't be."""
+    for value, name, least in (
+        (args.learner.updates, "updates", 1),
+        (args.run.eval_every, "eval-every", 0),
+        (args.run.eval_traces, "eval-traces", 1),
+        (args.run.save_every, "save-every", 1),
+    ):
+        if value < least:
+            raise ValueError(f"--{name} {value} is impossible: it must be at least {least}")
+
+
+def _extend(run: Run, updates: int, done: int) -> None:
+    """Note that a finished run is to make more updates; refuse any other change of their number."""
+    planned = run.config["arguments"]["learner"]["updates"]
+    if updates == planned:
+        return
+    if done < planned:
+        raise ValueError(
+            f"--updates {updates}: the run has made {done} of its {planned} updates; finish it, then extend it"
+        )
+    if updates < planned:
+        raise ValueError(f"--updates {updates}: the run has made {done} already")
+    run.config["arguments"]["learner"]["updates"] = updates
+    write_config(run.directory, run.config)
+
+
+def _option(arguments: Sequence[str], name: str) -> str | None:
+    """Return an option's value, where it is given."""
+    for number, argument in enumerate(arguments):
+        if argument.startswith(f"{name}="):
+            return argument.split("=", 1)[1]
+        if argument == name and number + 1 < len(arguments):
+            return arguments[number + 1]
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train the agent that the first argument names."""
-    args = tyro.extras.subcommand_cli_from_dict({"imitation": Imitation}, args=argv, prog="kvenv train")
-    print(f"policy: {train_imitation(args)}")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    resume = _option(arguments, "--resume")
+    if resume is not None and arguments[0] not in LEARNERS:
+        arguments.insert(0, str(read_config(Path(resume))["learner"]))
+    if not arguments or arguments[0] not in LEARNERS:
+        kinds: dict[str, Any] = LEARNERS
+        tyro.extras.subcommand_cli_from_dict(kinds, args=arguments, prog="kvenv train")  # help, or what is wrong
+    args = parse(arguments)
+    print(f"policy: {train(args)}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

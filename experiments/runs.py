@@ -1,0 +1,272 @@
+"""Run directories: what was trained how, every metric of every step, checkpoints, and the policy.
+
+    RUN/config.json          learner, arguments, commit
+    RUN/metrics.jsonl        one line per step
+    RUN/checkpoints/         the newest two
+    RUN/policy/              of the newest checkpoint
+    RUN/events.out.tfevents* the same metrics for TensorBoard, and pictures
+
+A checkpoint comes after all that belongs to its step, and what lies behind it is cut off when a run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, TypeVar
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+import kvenv
+from agents.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from agents.learner import Learner, State
+from kvenv.files import write_atomic
+
+CONFIG, METRICS, CHECKPOINTS, POLICY = "config.json", "metrics.jsonl", "checkpoints", "policy"
+SHOWN = ("eval/answer_loss", "eval/answer_accuracy", "rollout/ep_rew_mean")
+"""Metrics that TensorBoard's page of hyper-parameters shows."""
+
+Arguments = TypeVar("Arguments")
+
+
+class Run:
+    """A run directory.
+
+    Parameters
+    ----------
+    directory : Path
+        Where it is, with a ``config.json``.
+
+    Raises
+    ------
+    ValueError
+        If it is no run directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = read_config(directory)
+        self.seconds = 0.0
+        self._metrics: IO[str] | None = None
+        self._events: SummaryWriter | None = None
+
+    @classmethod
+    def create(cls, directory: Path, learner: str, arguments: Any) -> Run:
+        """Make a run directory.
+
+        Raises
+        ------
+        ValueError
+            If there is one already.
+        """
+        if (directory / CONFIG).exists():
+            raise ValueError(f"--out {directory} holds a run: --resume {directory}, or choose another directory")
+        config = {
+            "learner": learner,
+            "arguments": to_json(arguments),
+            "commit": commit(),
+            "version": kvenv.__version__,
+        }
+        write_config(directory, config)
+        return cls(directory)
+
+    def restore(self, learner: Learner) -> None:
+        """Let a learner go on from the newest checkpoint that can be read; without any it starts anew."""
+        if not checkpoints(self.directory / CHECKPOINTS):
+            return
+        state = load_checkpoint(self.directory / CHECKPOINTS)
+        values = dict(state.values)
+        self.seconds = float(values.pop("seconds", 0.0))
+        learner.restore(State(state.tensors, values))
+
+    @contextmanager
+    def writing(self, done: int) -> Iterator[None]:
+        """Open metrics and events for what comes after step ``done``; what is there of later steps is cut off."""
+        path = self.directory / METRICS
+        # A run without a checkpoint has no step at all, not even step 0.
+        started = bool(checkpoints(self.directory / CHECKPOINTS))
+        kept = [line for line in read_metrics(self.directory) if started and line["step"] <= done]
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+        with (
+            path.open("a", encoding="utf-8") as self._metrics,
+            SummaryWriter(str(self.directory), purge_step=done + started) as self._events,
+        ):
+            if not started:
+                for summary in hparams(_flat(self.config["arguments"]), dict.fromkeys(SHOWN, 0.0)):
+                    self._events._get_file_writer().add_summary(summary)
+            yield
+        self._metrics = self._events = None
+
+    def log(self, step: int, metrics: Mapping[str, float], image: np.ndarray | None = None) -> None:
+        """Write a step's metrics by tag, and a picture (height, width, 3) uint8 of what is kept."""
+        if self._metrics is None or self._events is None:
+            raise ValueError("the run is not being written: use `with run.writing(done)`")
+        line = {"step": step, **metrics, "time/total": self.seconds}
+        self._metrics.write(json.dumps(line) + "\n")
+        for tag, value in line.items():
+            if tag != "step":
+                self._events.add_scalar(tag, value, step)
+        if image is not None:
+            self._events.add_image("kept", image, step, dataformats="HWC")
+
+    def save(self, learner: Learner) -> None:
+        """Write the policy and a checkpoint, after everything that was logged up to here is on disk."""
+        if self._metrics is not None and self._events is not None:
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
+            self._events.flush()
+        policy: Any = learner.policy
+        policy.training = {**policy.training, "run": self.config}
+        policy.save(self.directory / POLICY)
+        state = learner.state()
+        values = state.values | {"seconds": self.seconds}
+        save_checkpoint(self.directory / CHECKPOINTS, State(state.tensors, values), learner.done)
+
+
+class Interruption:
+    """Notes SIGINT and SIGTERM, so that what is under way can be finished and saved; a second one takes effect at once.
+
+    Attributes
+    ----------
+    signal : int or None
+        What came.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def __enter__(self) -> Interruption:
+        for number in self.SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._put_back()
+
+    @property
+    def exit_code(self) -> int:
+        """What a process that was ended by the signal exits with; 0 without one."""
+        return 128 + self.signal if self.signal else 0
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return a run's ``config.json``.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or it isn't one.
+    """
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{directory} is no run: it has no {CONFIG}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{directory / CONFIG} is damaged: {error}") from error
+    if not isinstance(config, dict) or not {"learner", "arguments", "commit"} <= set(config):
+        raise ValueError(f"{directory / CONFIG} is not the configuration of a run")
+    return config
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    """Write a run's ``config.json``."""
+    write_atomic(directory / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def read_metrics(directory: Path) -> list[dict[str, float]]:
+    """Return the lines of ``metrics.jsonl`` up to a first damaged one, which a killed run leaves at the end."""
+    path, lines = directory / METRICS, []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def to_json(arguments: Any) -> dict[str, Any]:
+    """Return a dataclass of arguments as JSON-able values."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(arguments), default=str))
+    return values
+
+
+def from_json(default: Arguments, values: Mapping[str, Any]) -> Arguments:
+    """Return a dataclass with the values that :func:`to_json` made; ``default`` gives their types.
+
+    Raises
+    ------
+    ValueError
+        If a value's name is unknown.
+    """
+    unknown = set(values) - {field.name for field in fields(default)}  # type: ignore[arg-type]
+    if unknown:
+        raise ValueError(f"{CONFIG} has unknown arguments {sorted(unknown)}: it is of another version of kvenv")
+    return replace(default, **{name: _like(getattr(default, name), value) for name, value in values.items()})  # type: ignore[type-var]
+
+
+def _like(default: Any, value: Any) -> Any:
+    """Return a JSON value in the type of a default."""
+    if is_dataclass(default):
+        return from_json(default, value)
+    if isinstance(default, Path) and value is not None:
+        return Path(value)
+    return tuple(value) if isinstance(default, tuple) else value
+
+
+def changed(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the arguments that differ, by name: (saved, given)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in saved.keys() | given.keys():
+        was, now = saved.get(name), given.get(name)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found |= changed(was, now)
+        elif was != now:
+            found[name] = (was, now)
+    return dict(sorted(found.items()))
+
+
+def commit() -> str | None:
+    """Return the commit of this checkout, with ``+changes`` where tracked files were changed; None outside of one."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # Installed inside somebody else's checkout, this file isn't one of its files.
+        git("ls-files", "--error-unmatch", str(here))
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _flat(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested arguments as TensorBoard's hyper-parameters: numbers, flags and strings."""
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{name}/")
+        else:
+            flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat
