@@ -17,14 +17,29 @@ from kvenv.registry import Registry
 
 if TYPE_CHECKING:
     from agents.base import Policy
+    from agents.sb3_env import make_sb3_env
+    from agents.sb3_policy import KVRankingPolicy
 
-__all__ = ["make", "names", "register", "register_type"]
+__all__ = ["KVRankingPolicy", "make", "make_sb3_env", "names", "register", "register_type"]
 
 __kvenv__ = True
 """Tells this package from a foreign one of the same name."""
 
 _POLICIES: Registry[Callable[..., Policy]] = Registry("policy")
 _TYPES: Registry[Callable[..., Policy]] = Registry("policy type")
+
+# Public name -> the module that defines it, imported on first use: Stable-Baselines3 is heavy.
+_HEAVY = {"KVRankingPolicy": "agents.sb3_policy", "make_sb3_env": "agents.sb3_env"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HEAVY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HEAVY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HEAVY})
 
 
 def register(name: str, factory: Callable[..., Policy]) -> None:
