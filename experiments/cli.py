@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "compare policies on the same traces at the same budgets",
     "show": "show what a policy keeps of one trace, window by window",
     "train": "train an agent",
+    "record": "record a trace store, from which kvp learns without the LLM",
     "pretrain": "train the bundled LLM anew",
     "quality": "print how well an LLM answers held-out traces with the full cache",
     "relevance": "print how little token identity alone tells of what will be asked",

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from kvenv.head_view import HeadView
     from kvenv.layerwise import rollout
     from kvenv.models import load_model
+    from kvenv.rank_env import KVRankEnv
     from kvenv.state import LayerState
+    from kvenv.store import TraceStore
     from kvenv.vector_env import KVEvictVectorEnv
 
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "HeadView",
     "KVEvictEnv",
     "KVEvictVectorEnv",
+    "KVRankEnv",
     "LayerState",
     "Trace",
+    "TraceStore",
     "load_model",
     "load_traces",
     "policy_action",
@@ -54,7 +58,9 @@ _LAZY = {
     "HeadView": "kvenv.head_view",
     "KVEvictEnv": "kvenv.env",
     "KVEvictVectorEnv": "kvenv.vector_env",
+    "KVRankEnv": "kvenv.rank_env",
     "LayerState": "kvenv.state",
+    "TraceStore": "kvenv.store",
     "load_model": "kvenv.models",
     "policy_action": "kvenv.expert",
     "rollout": "kvenv.layerwise",
@@ -79,6 +85,8 @@ def _register_environments() -> None:
             entry_point="kvenv.env:KVEvictEnv",
             vector_entry_point="kvenv.vector_env:KVEvictVectorEnv",
         )
+    if "KVRank-v0" not in gymnasium.registry:
+        gymnasium.register(id="KVRank-v0", entry_point="kvenv.rank_env:KVRankEnv")
 
 
 _register_environments()

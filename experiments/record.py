@@ -1,0 +1,110 @@
+"""Record a trace store: keys, values and utilities of full-cache passes, from which kvp learns without the LLM."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from experiments.cli import run
+from experiments.progress import track
+from kvenv.models import load_model
+from kvenv.store import Recording, StoreWriter, record
+from kvenv.traces import load_traces
+
+
+@dataclass
+class Args:
+    """Record a trace store, or go on with one that was interrupted."""
+
+    out: Path = Path("runs/store")
+    """Directory of the store."""
+    traces: str = "recall+tracking+dialogue+reasoning"
+    """A trace family, several joined by +, a file or a registered name."""
+    split: str = "train"
+    """Split of the traces: train, validation or test."""
+    num_traces: int = 200
+    """Traces that the store has at the end."""
+    first_trace: int = 0
+    """Id of the first trace in the split's sequence."""
+    trace_length: int = 512
+    """Tokens of a trace."""
+    interval: int = 16
+    """Tokens between two cuts at which utilities are recorded."""
+    half: bool = False
+    """Store keys and values as float16 instead of in the LLM's dtype."""
+    model: str = "tiny"
+    """The LLM: tiny, a directory, a hub id or a registered name."""
+    dtype: str = "float32"
+    """Data type of the LLM."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    batch_size: int = 16
+    """Traces decoded side by side, and in a shard."""
+
+
+def record_store(args: Args) -> None:
+    """Record what the store lacks, a shard at a time; say before how large it will be."""
+    for name, value in (("num_traces", args.num_traces), ("batch_size", args.batch_size), ("interval", args.interval)):
+        if value < 1:
+            raise ValueError(f"{name} {value} is impossible: it must be at least 1")
+    if args.first_trace < 0:
+        raise ValueError(f"first_trace {args.first_trace} is impossible: it must be at least 0")
+    loaded = load_model(args.model, dtype=args.dtype, device=args.device)
+    loaded.check_length(args.trace_length)
+    source = load_traces(args.traces, split=args.split, tokenizer=loaded.tokenizer, trace_length=args.trace_length)
+    last = args.first_trace + args.num_traces
+    if source.size is not None and last > source.size:
+        raise ValueError(f"traces {args.traces!r} are {source.size}: first_trace + num_traces asks for {last}")
+    recording = Recording.of(
+        loaded,
+        traces=args.traces,
+        split=args.split,
+        trace_length=args.trace_length,
+        first_trace=args.first_trace,
+        interval=args.interval,
+        dtype="float16" if args.half else None,
+    )
+    writer = StoreWriter(args.out, recording)
+    missing = args.num_traces - writer.recorded
+    announce(args, recording.trace_nbytes, writer.recorded)
+    starts = range(args.first_trace + writer.recorded, last, args.batch_size)
+    for start in track(starts, "recording", total=math.ceil(max(0, missing) / args.batch_size)):
+        ids = range(start, min(start + args.batch_size, last))
+        writer.add(record(loaded.model, [source[i] for i in ids], args.interval))
+
+
+def announce(args: Args, trace_nbytes: int, recorded: int) -> None:
+    """Print how large the store gets.
+
+    Raises
+    ------
+    ValueError
+        If the disk has no room for it.
+    """
+    there = args.out.resolve()
+    while not there.exists():
+        there = there.parent
+    free, missing = shutil.disk_usage(there).free, trace_nbytes * max(0, args.num_traces - recorded)
+    print(
+        f"{args.out}: {args.num_traces} traces of at most {args.trace_length} tokens, at most "
+        f"{trace_nbytes * args.num_traces / 1e6:,.1f} MB; {recorded} are there, {missing / 1e6:,.1f} MB to go",
+        flush=True,
+    )
+    if missing > free:
+        raise ValueError(f"{missing / 1e9:,.1f} GB don't fit on the disk of {args.out}: {free / 1e9:,.1f} GB are free")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    args = tyro.cli(Args, args=argv, prog="kvenv record")
+    record_store(args)
+    print(f"store: {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)
