@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Args:
     """Compare policies on the same traces at the same budgets."""
 
     policies: tuple[str, ...] = ("full", "golden", "random", "streaming", "h2o", "snapkv", "keydiff")
-    """Names, directories of learned policies, or "full" for no eviction."""
+    """Names, directories of learned policies, or "full" for no eviction; "random" is always added."""
     budgets: tuple[int, ...] = (32, 64, 128)
     """Pairs that every (layer, KV head) keeps after an eviction."""
     traces: tuple[str, ...] = ("recall",)
@@ -140,7 +140,12 @@ def measure(args: Args) -> list[Row]:
 
 
 def _check(args: Args) -> None:
-    """Refuse what only the command knows to be wrong."""
+    """Refuse what only the command knows to be wrong, or would find out late."""
+    for name, values in (("policies", args.policies), ("traces", args.traces)):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} {list(values)} must hold at least one and nothing twice")
+    if args.num_traces < 1:
+        raise ValueError(f"num_traces {args.num_traces} must be at least 1")
     if args.first_trace < 0:
         raise ValueError(f"first_trace {args.first_trace} must be at least 0")
     least = max(args.budgets, default=0) + args.interval
@@ -265,6 +270,8 @@ def report(rows: Sequence[Row], out: Path, console: Console) -> Comparison:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = tyro.cli(Args, args=argv, prog="kvenv evaluate")
+    if args.policies and "random" not in args.policies:  # no comparison is without it, see CONTRIBUTING.md
+        args = replace(args, policies=(*args.policies, "random"))
     console = wide_console()
     report(measure(args), args.out, console)
     console.print(f"rows: {args.out / 'results.json'}\nplot: {args.out / 'loss.png'}")

@@ -94,7 +94,11 @@ def table(model: Any, tokenizer: Any, arguments: Arguments) -> Table:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     arguments = tyro.cli(Arguments, args=argv, prog="kvenv quality")
+    if arguments.traces < 1:
+        raise ValueError(f"traces {arguments.traces} must be at least 1")
     loaded = load_model(arguments.model, device=arguments.device)
+    for length in arguments.lengths:
+        loaded.check_length(length)
     Console().print(table(loaded.model, loaded.tokenizer, arguments))
 
 

@@ -91,6 +91,10 @@ def relevance(family: str, tokenizer: Any, arguments: Arguments) -> tuple[float,
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     arguments = tyro.cli(Arguments, args=argv, prog="kvenv relevance")
+    if arguments.traces < 1:
+        raise ValueError(f"traces {arguments.traces} must be at least 1")
+    if not 1 <= arguments.every <= arguments.trace_length // 2:
+        raise ValueError(f"every {arguments.every} must be from 1 to half of trace_length {arguments.trace_length}")
     tokenizer = load_model("tiny").tokenizer
     result = Table("traces", "AUC of tokens", "AUC of facts", title="relevance from token identity alone")
     for family in track(list(FAMILIES), "fitting"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kvenv.layerwise import check_budget
-from kvenv.state import Protection
+from kvenv.state import Protection, check_integer
 from kvenv.traces import Trace, TraceSource
 
 
@@ -46,11 +46,8 @@ class Limits:
             ("budget", self.budget, 1),
             ("interval", self.interval, 1),
             ("trace_length", self.trace_length, 2),
-            ("sinks", protection.sinks, 0),
-            ("recent", protection.recent, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+            check_integer(name, value, least)
         if self.budget < protection.sinks + protection.recent:
             raise ValueError(
                 f"budget {self.budget} is less than the protected pairs, sinks {protection.sinks} + recent "

@@ -120,7 +120,7 @@ def load_model(
 def _load(name: str, dtype: str, device: str, revision: str | None, trust_remote_code: bool) -> LoadedModel:
     """Load from disk or hub; the process-level cache."""
     source = _resolve(name)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     refuse_unsupported(name, _read(AutoConfig, name, source, **options))
     tokenizer = _read(AutoTokenizer, name, source, **options)
     # Safetensors only: other weights are pickles.

@@ -81,6 +81,18 @@ class LayerState:
     noise: Tensor | None = None
 
 
+def check_integer(name: str, value: object, least: int) -> None:
+    """Refuse what is no integer of at least ``least``.
+
+    Raises
+    ------
+    ValueError
+        Naming argument and value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+
+
 @dataclass(frozen=True)
 class Protection:
     """Which pairs are never evicted: the same mask for every policy.
@@ -93,11 +105,20 @@ class Protection:
         The newest tokens.
     prompt : bool
         Whether the whole prompt is protected.
+
+    Raises
+    ------
+    ValueError
+        If a number is negative.
     """
 
     sinks: int = 4
     recent: int = 16
     prompt: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer("sinks", self.sinks, 0)
+        check_integer("recent", self.recent, 0)
 
     def candidates(self, positions: Tensor, next_position: Tensor, prompt_length: Tensor) -> Tensor:
         """Return which slots hold an evictable pair.

@@ -33,6 +33,23 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert f"usage: kvenv {name} " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["quality", "--traces", "0"], "traces 0 must be at least 1"),
+        (["quality", "--lengths", "512", "5000"], "trace_length 5000 exceeds the 4096 positions of model 'tiny'"),
+        (["relevance", "--traces", "0"], "traces 0 must be at least 1"),
+        (["relevance", "--every", "0"], "every 0 must be from 1 to half of trace_length 512"),
+        (["relevance", "--every", "257"], "every 257 must be from 1 to half of trace_length 512"),
+    ],
+)
+def test_impossible_numbers_are_one_line(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"kvenv: error: {says}\n"
+
+
 def test_an_unknown_command_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["evaluat"])

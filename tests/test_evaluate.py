@@ -203,6 +203,11 @@ def test_the_command_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert points[budget] == pytest.approx(np.mean(values), rel=1e-5)
 
 
+def test_random_is_always_in(tmp_path: Path) -> None:
+    command.main([*SMALL, "--policies", "h2o", "--budgets", "24", "--out", str(tmp_path)])
+    assert {row.policy for row in command.read_rows(tmp_path / "results.json")} == {"h2o", "random"}
+
+
 def test_a_killed_run_leaves_the_finished_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*args, **options) -> Iterator[list[Row]]:
         # Two cells, one for each budget, are the first batch; the third is the second batch's.
@@ -223,7 +228,12 @@ def test_a_killed_run_leaves_the_finished_batches(tmp_path: Path, monkeypatch: p
         (["--split", "dev"], "unknown split 'dev'"),
         (["--budgets", "8"], "budget 8 is less than the 20 protected"),
         (["--score-from", "40"], "score_from 40 .* choose 56 or more"),
-        (["--num-traces", "0"], "at least one"),
+        (["--num-traces", "0"], "num_traces 0 must be at least 1"),
+        (["--sinks", "-1"], "sinks must be an integer of at least 0, not -1"),
+        (["--recent", "-3"], "recent must be an integer of at least 0, not -3"),
+        (["--policies"], r"policies \[\] must hold at least one"),
+        (["--policies", "h2o", "h2o"], "policies .* nothing twice"),
+        (["--traces", "recall", "recall"], "traces .* nothing twice"),
         (["--first-trace", "-1"], "first_trace -1"),
         (["--trace-length", "100000"], "trace_length 100000 exceeds"),
     ],
