@@ -145,8 +145,8 @@ class KVEvictEnv(gymnasium.Env[Observation, np.ndarray]):
 
     ``gym.make_vec("KVEvict-v0", num_envs=N)`` runs N traces through one copy of the LLM
     (:class:`kvenv.KVEvictVectorEnv`), in all autoreset modes, on numpy arrays or on tensors of the model's device
-    (``output="torch"``). ``kvenv.HeadView`` shows it as one row per (trace, layer, KV head). Asynchronous or
-    synchronous vectorization would hold N copies: don't.
+    (``output="torch"``). ``kvenv.HeadView`` shows it as one row per (trace, layer, KV head). Don't ask for other
+    vectorization: ``sync`` decodes one trace after another, ``async`` holds N copies of the LLM.
 
     ## Version History
 

@@ -102,6 +102,10 @@ def load_model(
     ValueError
         If the name is unknown, files are missing, the dtype or device is unknown, or the architecture isn't supported.
     """
+    if not isinstance(name, str):
+        raise ValueError(
+            f"model must be a name, not {type(name).__name__}: give a loaded one a name with kvenv.register_model"
+        )
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: known are {', '.join(DTYPES)}")
     if name in MODELS:

@@ -25,7 +25,7 @@ from kvenv.models import load_model
 from kvenv.registry import REWARDS
 from kvenv.render import RENDER_MODES, render_ansi, render_rgb
 from kvenv.snapshot import Snapshot
-from kvenv.state import LayerState, Protection
+from kvenv.state import LayerState, Protection, check_integer
 from kvenv.traces import SCHEDULES, load_traces
 
 Array = Any
@@ -99,10 +99,9 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         _one_of("output", output, OUTPUTS)
         _one_of("render_mode", render_mode, (None, *RENDER_MODES))
         self.autoreset_mode: str = _mode_name(autoreset_mode)
-        if num_envs < 1:
-            raise ValueError(f"num_envs {num_envs} is impossible: it must be at least 1")
-        if max_episode_steps is not None and max_episode_steps < 1:
-            raise ValueError(f"max_episode_steps {max_episode_steps} is impossible: it must be at least 1")
+        check_integer("num_envs", num_envs, 1)
+        if max_episode_steps is not None:
+            check_integer("max_episode_steps", max_episode_steps, 1)
         self.num_envs, self.output, self.render_mode = num_envs, output, render_mode
         self.features, self.reward, self.full_metrics = features, reward, full_metrics
         self.max_episode_steps = max_episode_steps
@@ -189,9 +188,9 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         for name in options:
             _one_of("option", name, OPTIONS)
         rows = np.flatnonzero(self._reset_mask(options.get("reset_mask")))
-        seeds = self._row_values(
-            "seed", seed if not isinstance(seed, int) else [seed + i for i in range(self.num_envs)]
-        )
+        if isinstance(seed, (int, np.integer)):
+            seed = [int(seed) + i for i in range(self.num_envs)]
+        seeds = self._row_values("seed", seed)
         _ = self.np_random
         self._seed(seeds, rows)
         self._begin(

@@ -18,6 +18,8 @@ from tests.environments import ARGUMENTS, LENGTH, ragged, single, vector
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model": "nowhere"}, r"unknown model 'nowhere': known are tiny, .*random-float64"),
     ({"traces": "nothing"}, r"unknown traces 'nothing': known are recall, .*ragged"),
+    ({"model": torch.nn.Identity()}, r"model must be a name, not Identity: .*kvenv\.register_model"),
+    ({"traces": ragged}, r"traces must be a name, not function: .*kvenv\.register_traces"),
     ({"split": "dev"}, r"split 'dev'.*train, validation, test"),
     ({"features": "foo"}, r"unknown features 'foo': known are kv, foresight, stats"),
     ({"reward": "foo"}, r"unknown reward 'foo': known are lm_loss, lm_loss_increase, foresight"),
@@ -51,8 +53,9 @@ def test_impossible_arguments(changes: dict[str, Any], message: str) -> None:
             r"unknown autoreset_mode 'Sometimes': known are NextStep, SameStep, Disabled",
         ),
         ({"output": "jax"}, r"unknown output 'jax': known are numpy, torch"),
-        ({"num_envs": 0}, r"num_envs 0 is impossible"),
-        ({"max_episode_steps": 0}, r"max_episode_steps 0 is impossible"),
+        ({"num_envs": 0}, r"num_envs must be an integer of at least 1, not 0"),
+        ({"num_envs": 1.5}, r"num_envs must be an integer of at least 1, not 1.5"),
+        ({"max_episode_steps": 0}, r"max_episode_steps must be an integer of at least 1, not 0"),
     ],
 )
 def test_impossible_arguments_of_the_vector_environment(changes: dict[str, Any], message: str) -> None:

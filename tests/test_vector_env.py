@@ -152,6 +152,12 @@ def test_resets_beside_a_row_leave_it_alone(traces: list[int], resets: list[tupl
     assert_same(seen, alone)
 
 
+def test_a_seed_of_numpy_is_an_int() -> None:
+    traces = [vector(3).reset(seed=seed)[1]["trace"].tolist() for seed in (5, np.int64(5))]
+    assert traces[0] == traces[1]
+    assert len(set(traces[0])) == 3
+
+
 def test_rows_of_a_group_share_a_trace_and_not_their_noise() -> None:
     env = vector(3)
     _, info = env.reset(seed=[8, 8, 8], options={"trace": 1, "rollout": [0, 1, 0]})

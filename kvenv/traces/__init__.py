@@ -61,6 +61,10 @@ def load_traces(
     FileNotFoundError
         If the path does not exist.
     """
+    if not isinstance(name, str):
+        raise ValueError(
+            f"traces must be a name, not {type(name).__name__}: give a function a name with kvenv.register_traces"
+        )
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: known are {', '.join(SPLITS)}")
     if schedule not in SCHEDULES:
