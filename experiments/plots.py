@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -65,6 +65,42 @@ def plot_losses(cells: Sequence[Cell], path: Path) -> None:
         axes.get_xaxis().set_major_formatter("{x:.0f}")
         axes.set(title=family, xlabel="budget (pairs per head)", ylabel=f"{metric.replace('_', ' ')} (nats)")
     figure.legend(*axes.get_legend_handles_labels(), fontsize="small", loc="outside right upper")
+    save(figure, path)
+
+
+Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
+"""Updates, seconds of training, values."""
+
+
+def plot_curves(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
+    """Draw training curves, a row of panels by update above the same by wall clock.
+
+    Parameters
+    ----------
+    panels : dict of str to dict of str to Curve
+        Curves by what is measured and by run.
+    path : Path
+        The PNG.
+
+    Raises
+    ------
+    ValueError
+        If there is no curve.
+    """
+    if not panels:
+        raise ValueError("the runs have measured nothing that could be drawn")
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    colours = {name: COLOURS(number % COLOURS.N) for number, name in enumerate(names)}
+    figure = Figure(figsize=(4.5 * len(panels) + 1.5, 7), layout="constrained")
+    for number, (label, curves) in enumerate(panels.items(), start=1):
+        for row, clock in enumerate(("updates", "minutes of training")):
+            axes = figure.add_subplot(2, len(panels), row * len(panels) + number)
+            for name, (steps, seconds, values) in curves.items():
+                at = np.asarray(seconds) / 60 if row else steps
+                axes.plot(at, values, marker="o", markersize=2, linewidth=1, color=colours[name], label=name)
+            axes.set(xlabel=clock, ylabel=label)
+    handles = [figure.axes[0].plot([], [], color=colours[name])[0] for name in names]
+    figure.legend(handles, names, fontsize="small", loc="outside lower center", ncols=4)
     save(figure, path)
 
 
