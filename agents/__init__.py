@@ -25,7 +25,7 @@ __all__ = ["KVRankingPolicy", "make", "make_sb3_env", "names", "register", "regi
 __kvenv__ = True
 """Tells this package from a foreign one of the same name."""
 
-_POLICIES: Registry[Callable[..., Policy]] = Registry("policy")
+_POLICIES: Registry[Callable[..., Policy]] = Registry("policy", reserved=("full",))  # no eviction, in evaluation
 _TYPES: Registry[Callable[..., Policy]] = Registry("policy type")
 
 # Public name -> the module that defines it, imported on first use: Stable-Baselines3 is heavy.

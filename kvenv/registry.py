@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -15,10 +16,12 @@ class Registry(Generic[T]):
     ----------
     kind : str
         What the table holds, in the singular, as error messages name it.
+    reserved : collection of str
+        Names that mean something already and can't be registered.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, reserved: Collection[str] = ()) -> None:
+        self.kind, self.reserved = kind, reserved
         self._values: dict[str, T] = {}
 
     def register(self, name: str, value: T) -> None:
@@ -27,11 +30,11 @@ class Registry(Generic[T]):
         Raises
         ------
         ValueError
-            If the name is empty or taken.
+            If the name is empty, taken or reserved.
         """
         if not name:
             raise ValueError(f"{self.kind} name is empty: give it a name")
-        if name in self._values:
+        if name in self._values or name in self.reserved:
             raise ValueError(f"{self.kind} {name!r} is already registered: choose another name")
         self._values[name] = value
 
@@ -55,7 +58,7 @@ class Registry(Generic[T]):
         return name in self._values
 
 
-MODELS: Registry[tuple[Any, Any]] = Registry("model")
+MODELS: Registry[tuple[Any, Any]] = Registry("model", reserved=("tiny",))
 TRACES: Registry[Callable[..., Any]] = Registry("traces")
 REWARDS: Registry[Callable[..., Any]] = Registry("reward")
 FEATURES: Registry[tuple[Callable[..., Any], Any, frozenset[str]]] = Registry("features")
@@ -100,6 +103,7 @@ def register_reward(name: str, fn: Callable[..., Any]) -> None:
     ValueError
         If the name is taken.
     """
+    import_module("kvenv.rewards")  # the built-in names come first: who takes one learns it here
     REWARDS.register(name, fn)
 
 
@@ -122,4 +126,5 @@ def register_features(name: str, fn: Callable[..., Any], size: Any, needs: froze
     ValueError
         If the name is taken.
     """
+    import_module("kvenv.features")  # as for rewards
     FEATURES.register(name, (fn, size, needs))
