@@ -17,7 +17,7 @@ from torch import Tensor
 
 from agents.checkpoint import optimizer_state, restore_optimizer
 from agents.learner import Learner, State
-from agents.scorer import Scorer, ScorerPolicy
+from agents.scorer import Inputs, Scorer, ScorerPolicy
 from kvenv import plackett_luce
 from kvenv.golden import FutureAttention, future_attention
 from kvenv.ranking import action_from_order, eviction_order
@@ -47,6 +47,9 @@ class ImitationConfig:
     """How much higher the better of two pairs must score in the pairwise losses (0.01 in the paper's code)."""
     hidden: int = 64
     """Hidden units of the scorer (16 in the paper's code)."""
+    inputs: Inputs = "squashed"
+    """How the scorer takes features in: squashed by the inverse hyperbolic sine and standardised, standardised only, or
+    raw; only the first can use attention statistics, see experiments/results."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     budgets: tuple[int, ...] = ()
@@ -304,7 +307,8 @@ class ImitationLearner(Learner):
                 seen.append((self._observation["features"], self._observation["positions"] >= 0))
             mask, positions = self._mask(), self._observation["positions"]
             self._step(action_from_order(eviction_order(self._utility(), positions, mask), mask))
-        self.scorer.calibrate(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
+        features, filled = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        self.scorer.calibrate(features, filled, self.config.inputs)
 
     def _mask(self) -> Tensor:
         """Return the candidates (N, L, H, C)."""

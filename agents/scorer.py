@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load, save
@@ -18,6 +18,11 @@ from kvenv.files import write_atomic
 from kvenv.state import LayerState
 
 DESCRIPTION, WEIGHTS = "policy.json", "policy.safetensors"
+
+Inputs = Literal["squashed", "standardised", "raw"]
+
+LINEAR = 1e3
+"""Spreads within which the inverse hyperbolic sine is a straight line to a millionth of its range."""
 
 
 def _asinh(x: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ class Scorer(nn.Module):
             self.register_buffer(name, torch.full((layers, heads, 1, features), value))
 
     @torch.no_grad()
-    def calibrate(self, features: Tensor, filled: Tensor) -> None:
+    def calibrate(self, features: Tensor, filled: Tensor, inputs: Inputs = "squashed") -> None:
         """Set the input constants from data.
 
         Parameters
@@ -70,6 +75,8 @@ class Scorer(nn.Module):
             Features of the slots of a few decisions.
         filled : Tensor (N, L, H, C) bool
             Slots that hold a pair, the same number in every (layer, head) of a row.
+        inputs : {"squashed", "standardised", "raw"}
+            For comparisons: "standardised" doesn't squash, "raw" leaves features as they are.
         """
         layers, heads, width, _ = self.shape
         rows = features.float().permute(1, 2, 0, 3, 4).reshape(layers, heads, -1, width)
@@ -79,7 +86,12 @@ class Scorer(nn.Module):
         self.centre.copy_(x.median(dim=2, keepdim=True).values)
         distance = (x - self.centre).abs().median(dim=2, keepdim=True).values
         # A statistic that is mostly zero has no median distance: a part of its spread stands in.
-        self.scale.copy_(torch.maximum(distance, 0.01 * spread))
+        self.scale.copy_(torch.maximum(distance, 0.01 * spread) if inputs == "squashed" else LINEAR * spread)
+        if inputs == "raw":
+            self.centre.zero_()
+            self.mean.zero_()
+            self.deviation.copy_(1 / self.scale)
+            return
         squashed = _asinh((x - self.centre) / self.scale)
         self.mean.copy_(squashed.mean(dim=2, keepdim=True))
         self.deviation.copy_(squashed.std(dim=2, keepdim=True).clamp(min=1e-3))
