@@ -28,10 +28,20 @@ class HandedCache(Cache):
     ----------
     model : PreTrainedModel
         The decoder it belongs to; its configuration gives the shapes.
+
+    Raises
+    ------
+    ValueError
+        If the model isn't on kvenv's attention: it would never ask this cache, and nothing would be evicted.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(layers=[])
+        if model.config._attn_implementation != NAME:
+            raise ValueError(
+                f"model {type(model).__name__} is on attention {model.config._attn_implementation!r}, which knows no "
+                "eviction: get it from kvenv.load_model, or switch it by kvenv.attention.use_kvenv_attention"
+            )
         config = model.config.get_text_config()
         self.num_layers: int = config.num_hidden_layers
         self.kv_heads: int = config.num_key_value_heads

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvenv.cache import EvictingCache
 from kvenv.limits import observation_nbytes
 from kvenv.registry import FEATURES, register_features
-from kvenv.state import STATS, LayerState
+from kvenv.state import NEEDS, STATS, LayerState
 
 Observation = dict[str, Tensor]
 """``features`` (N, L, H, C, F) float32, ``positions`` (N, L, H, C) int64, ``mask`` (N, L, H, C) int8."""
@@ -19,6 +19,8 @@ Observation = dict[str, Tensor]
 STATS_FEATURES = ("key_norm", "value_norm", "position", "age", *STATS)
 """The F = 12 features of the set ``stats``, in order."""
 
+OBSERVABLE = tuple(need for need in NEEDS if need not in ("future", "expected_future"))
+"""The optional parts of a layer's state that features may read: what a causal agent can know."""
 
 MEMORY_TABLE_MODELS = (
     ("tiny", 5, 2, 2, 32, 80),
@@ -42,13 +44,23 @@ class FeatureSet:
     size : int or callable
         F, or a function of (head_dim, queries_per_kv_head) that returns it.
     needs : frozenset of str
-        Optional parts of the state that ``fn`` reads.
+        Optional parts of the state that ``fn`` reads, of :data:`OBSERVABLE`.
+
+    Raises
+    ------
+    ValueError
+        If a need is none of those.
     """
 
     name: str
     fn: Callable[[LayerState], Tensor]
     size: int | Callable[[int, int], int]
     needs: frozenset[str]
+
+    def __post_init__(self) -> None:
+        unknown = set(self.needs) - set(OBSERVABLE)
+        if unknown:
+            raise ValueError(f"features {self.name!r} need {sorted(unknown)}: known are {', '.join(OBSERVABLE)}")
 
     def width(self, head_dim: int, groups: int) -> int:
         """Return F for a model with that head dimension D and G query heads per KV head."""
@@ -60,12 +72,12 @@ class FeatureSet:
         Raises
         ------
         ValueError
-            If the function returns another shape.
+            If the function returns no tensor or another shape.
         """
         features = self.fn(state)
-        if features.shape[:-1] != state.positions.shape:
+        if not isinstance(features, Tensor) or features.shape[:-1] != state.positions.shape:
             raise ValueError(
-                f"features {self.name!r} returned shape {tuple(features.shape)}: "
+                f"features {self.name!r} returned {_describe(features)}: a tensor of shape "
                 f"{tuple(state.positions.shape)} and F (N, H, C, F) was expected"
             )
         return torch.where(state.filled[..., None], features.float(), 0.0)
@@ -151,6 +163,11 @@ def memory_table() -> str:
         cells = [name, f"{layers} × {heads} × {slots:,}", *(f"{size:,.2f} MB" for size in sizes)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _describe(x: object) -> str:
+    """Return the shape of a tensor, the type of anything else."""
+    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _needed(state: LayerState) -> Tensor:

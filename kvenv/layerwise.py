@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from kvenv.cache import EvictingCache
 from kvenv.decode import Losses, collate, feed
 from kvenv.golden import FutureAttention
+from kvenv.models import check_positions
 from kvenv.ranking import eviction_order
 from kvenv.state import LayerState, Protection
 from kvenv.traces import SCHEDULES, Trace
@@ -162,8 +163,12 @@ def rollout(
     Raises
     ------
     ValueError
-        If a budget is impossible or a policy's need is missing.
+        If there is no trace, one is longer than the model's positions, the model isn't on kvenv's attention, a budget
+        is impossible or a policy's need is missing.
     """
+    if not traces:
+        raise ValueError("traces are none: give at least one")
+    check_positions(model, max(len(trace.tokens) for trace in traces), type(model).__name__)
     protection = protection or Protection(recent=interval)
     for trace in traces:
         check_budget(budget, protection, trace, interval)

@@ -51,10 +51,7 @@ class LoadedModel:
             Naming what is too short.
         """
         config = self.model.config.get_text_config()
-        if tokens > config.max_position_embeddings:
-            raise ValueError(
-                f"trace_length {tokens} exceeds the {config.max_position_embeddings} positions of model {self.name!r}"
-            )
+        check_positions(self.model, tokens, self.name)
         window = _sliding_window(config)
         if window is not None and window < tokens:
             raise ValueError(
@@ -68,6 +65,19 @@ class LoadedModel:
                 f"model {self.name!r} rescales its rotary phases beyond {original} tokens, which would turn cached "
                 f"keys stale: trace_length {tokens} must not exceed it"
             )
+
+
+def check_positions(model: PreTrainedModel, tokens: int, name: str) -> None:
+    """Refuse traces longer than the model's positions.
+
+    Raises
+    ------
+    ValueError
+        Naming both.
+    """
+    positions = model.config.get_text_config().max_position_embeddings
+    if tokens > positions:
+        raise ValueError(f"trace_length {tokens} exceeds the {positions} positions of model {name!r}")
 
 
 def load_model(

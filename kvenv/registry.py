@@ -119,7 +119,7 @@ def register_features(name: str, fn: Callable[..., Any], size: Any, needs: froze
     size : int or callable
         F, or a function of the model's ``(head_dim, queries_per_kv_head)`` that returns it.
     needs : frozenset of str
-        What ``fn`` reads of the optional fields of :class:`kvenv.LayerState`.
+        What ``fn`` reads of the optional fields of :class:`kvenv.LayerState`, of :data:`kvenv.features.OBSERVABLE`.
 
     Raises
     ------

@@ -189,3 +189,9 @@ def test_a_users_features(registered: None) -> None:
     kvenv.register_features("mine-flat", lambda state: state.keys.sum(dim=-1), size=1)
     with pytest.raises(ValueError, match="features 'mine-flat' returned shape"):
         single(features="mine-flat").reset(seed=0)
+    kvenv.register_features("mine-numpy", lambda state: state.keys.numpy(), size=8)
+    with pytest.raises(ValueError, match="features 'mine-numpy' returned ndarray: a tensor of shape"):
+        single(features="mine-numpy").reset(seed=0)
+    kvenv.register_features("mine-golden", lambda state: state.future[..., None], size=1, needs=frozenset({"future"}))
+    with pytest.raises(ValueError, match=r"features 'mine-golden' need \['future'\]: known are stats, .*noise"):
+        single(features="mine-golden")

@@ -11,7 +11,7 @@ from kvenv.cache import EvictingCache
 from kvenv.golden import future_attention
 from kvenv.layerwise import check_budget, rollout
 from kvenv.state import LayerState, Protection
-from tests.models import ARCHITECTURES
+from tests.models import ARCHITECTURES, random_model
 from tests.policies import Mixed, Random, Recorder, kvenv_model, random_traces, step_through
 from tests.reference import NEVER, keep, masked_run, plain_losses
 
@@ -319,6 +319,12 @@ def test_impossible_settings_are_refused() -> None:
         rollout(Random(), traces, model=model, budget=20, interval=4, agreement=True)
     with pytest.raises(ValueError, match="has no prompt"):
         rollout(Random(), traces, model=model, budget=20, interval=4, schedule="prefill")
+    with pytest.raises(ValueError, match="traces are none"):
+        rollout(Random(), [], model=model, budget=20, interval=4)
+    with pytest.raises(ValueError, match="trace_length 2049 exceeds the 2048 positions of model 'Qwen3"):
+        rollout(Random(), random_traces([50, 2049]), model=model, budget=20, interval=4)
+    with pytest.raises(ValueError, match="model Qwen3ForCausalLM is on attention 'sdpa', which knows no eviction"):
+        rollout(Random(), traces, model=random_model(), budget=20, interval=4)
 
 
 def test_by_default_the_newest_window_is_protected() -> None:
