@@ -49,7 +49,7 @@ class GRPOConfig:
     """Updates; each makes new rollouts."""
     init: str = ""
     """Policy to start from, a name or a directory, e.g. an imitation run's; if empty, random weights."""
-    traces: int = 4
+    num_traces: int = 4
     """Traces of an update. A mixture's families come in turn: choose a multiple of their number."""
     group: int = 8
     """Rollouts of each trace."""
@@ -81,7 +81,14 @@ class GRPOConfig:
     """Seed of traces, budgets, noise and random weights."""
 
     def __post_init__(self) -> None:
-        for name, least in (("updates", 1), ("traces", 1), ("group", 2), ("epochs", 1), ("hidden", 1), ("warmup", 0)):
+        for name, least in (
+            ("updates", 1),
+            ("num_traces", 1),
+            ("group", 2),
+            ("epochs", 1),
+            ("hidden", 1),
+            ("warmup", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be at least {least}")
         for name in ("temperature", "clip", "learning_rate", "grad_clip"):
@@ -91,6 +98,26 @@ class GRPOConfig:
             raise ValueError("budgets () is impossible: give at least one")
         if self.credit not in CREDITS:
             raise ValueError(f"unknown credit {self.credit!r}: known are {', '.join(CREDITS)}")
+
+
+PRESETS = {
+    "foresightkv": GRPOConfig(
+        updates=250,
+        num_traces=32,
+        group=8,
+        epochs=1,
+        reward="foresight",
+        credit="trajectory",
+        clip=0.2,
+        kl=0.05,
+        kl_updates=100,
+        learning_rate=3e-4,
+        warmup=10,
+        grad_clip=1.0,
+        hidden=16,
+    ),
+}
+"""Published hyper-parameters, from the paper's code where it is public; its group is as large as there were GPUs."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +135,7 @@ class Experience:
     reward : Tensor (N, J)
         What each window paid.
     metrics : dict
-        Means over the rollouts, by TensorBoard tag.
+        Means over the rollouts and the seconds that the policy took, by TensorBoard tag.
     """
 
     traces: list[Trace]
@@ -189,7 +216,8 @@ class GRPOLearner(Learner):
             **experience.metrics,
             **metrics,
             "loss/grad_norm": float(norm),
-            "time/env": collected - began,
+            "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "time/env": collected - began - experience.metrics["time/policy"],
             "time/learn": time.perf_counter() - collected,
         }
 
@@ -204,7 +232,9 @@ class GRPOLearner(Learner):
         config, rng = self.config, np.random.default_rng([self.config.seed, self.done])
         budget = int(rng.choice(config.budgets))
         first = int(rng.integers(self.source.size or 1 << 31))
-        ids = [first + i if self.source.size is None else (first + i) % self.source.size for i in range(config.traces)]
+        ids = [
+            first + i if self.source.size is None else (first + i) % self.source.size for i in range(config.num_traces)
+        ]
         traces = [self.source[trace_id] for trace_id in ids]
         self._check(traces, budget)
         rows = [trace for trace in traces for _ in range(config.group)]
@@ -223,7 +253,8 @@ class GRPOLearner(Learner):
         )
         windows = window_losses(self.model, traces, done.losses, budget + self.interval, self.interval)
         reward = self._reward(windows).unflatten(0, (len(rows), -1))
-        return Experience(rows, budget, evictions, reward, rollout_metrics(windows, reward))
+        metrics = rollout_metrics(windows, reward) | {"time/policy": sampler.seconds}
+        return Experience(rows, budget, evictions, reward, metrics)
 
     def accumulate(self, experience: Experience, advantages: Tensor, kl_weight: float) -> dict[str, float]:
         """Add the loss's gradient to the scorer's, one decision of one layer at a time, and return the metrics.
@@ -336,7 +367,7 @@ class GRPOLearner(Learner):
             if state.layer not in first:
                 first[state.layer] = feature_set(features).compute(state), state.filled
 
-        traces = [self.source[trace_id] for trace_id in range(config.traces)]
+        traces = [self.source[trace_id] for trace_id in range(config.num_traces)]
         self._check(traces, max(config.budgets))
         rollout(
             policy,

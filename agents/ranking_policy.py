@@ -6,6 +6,7 @@ by layer and window by window, brings every feature back.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -56,17 +57,26 @@ class SamplingPolicy(Policy):
         The lower, the more often what scores lowest goes.
     evictions : Evictions, optional
         Where :meth:`record` writes.
+
+    Attributes
+    ----------
+    seconds : float
+        What deciding took so far.
     """
 
     def __init__(self, policy: ScorerPolicy, temperature: float, evictions: Evictions | None = None) -> None:
         self.policy, self.temperature, self.evictions = policy, temperature, evictions
         self.name, self.needs = f"{policy.name}-sampled", policy.needs | {"noise"}
+        self.seconds = 0.0
         self._logits: Tensor | None = None
 
     def __call__(self, state: LayerState) -> Tensor:
         """Return priorities (N, H, C) whose order is the sample."""
+        began = time.perf_counter()
         self._logits = -self.policy(state) / self.temperature
-        return plackett_luce.priorities(self._logits, needed(state, "noise"))
+        priorities = plackett_luce.priorities(self._logits, needed(state, "noise"))
+        self.seconds += time.perf_counter() - began
+        return priorities
 
     def record(self, state: LayerState, order: Tensor, count: Tensor) -> None:
         """Keep what the decision just made evicts; pass it to :func:`kvenv.rollout` as ``on_eviction``."""

@@ -17,7 +17,7 @@ CREDITS = ("trajectory", "window")
 
 
 def group_advantages(reward: Tensor, group: int, credit: str = "trajectory") -> Tensor:
-    """Return by how many standard deviations a rollout does better than the others of its trace.
+    """Return how much better a rollout does than the others of its trace, in standard deviations of their returns.
 
     Parameters
     ----------
@@ -26,7 +26,8 @@ def group_advantages(reward: Tensor, group: int, credit: str = "trajectory") -> 
     group : int
         G.
     credit : {"trajectory", "window"}
-        Compare whole returns, or at each window what is still to come.
+        Compare whole returns, or at each window what is still to come. The unit is the same: the last windows, in which
+        little is at stake, count little.
 
     Returns
     -------
@@ -34,12 +35,11 @@ def group_advantages(reward: Tensor, group: int, credit: str = "trajectory") -> 
         0 where all rollouts of a trace are paid alike.
     """
     to_go = reward.flip(1).cumsum(dim=1).flip(1)
-    if credit == "trajectory":
-        to_go = to_go[:, :1].expand(reward.shape)
-    grouped = to_go.unflatten(0, (-1, group))
-    spread = grouped.std(dim=1, keepdim=True, correction=0)
+    returns = to_go[:, :1].expand(reward.shape) if credit == "trajectory" else to_go
+    grouped, whole = (x.unflatten(0, (-1, group)) for x in (returns, to_go[:, :1]))
+    spread = whole.std(dim=1, keepdim=True, correction=0)
     # A spread of rounding errors is none.
-    alike = spread <= 1e-6 * grouped.abs().amax(dim=1, keepdim=True)
+    alike = spread <= 1e-6 * whole.abs().amax(dim=1, keepdim=True)
     return torch.where(alike, 0.0, (grouped - grouped.mean(dim=1, keepdim=True)) / spread).flatten(0, 1)
 
 

@@ -32,7 +32,7 @@ GROUP = 3
 
 def learner(source: TraceSource | None = None, **changes: Any) -> GRPOLearner:
     """Return a learner on the small random model."""
-    config = GRPOConfig(**{"traces": 2, "group": GROUP, "budgets": (BUDGET,), "hidden": 4, **changes})
+    config = GRPOConfig(**{"num_traces": 2, "group": GROUP, "budgets": (BUDGET,), "hidden": 4, **changes})
     source = source or kvenv.load_traces(RAGGED, tokenizer=None, trace_length=LENGTH)
     model = kvenv.load_model(MODEL).model
     return GRPOLearner(model, source, config, interval=INTERVAL, protection=PROTECTION, features="stats")
@@ -59,8 +59,9 @@ def test_advantages_are_the_formula(credit: str) -> None:
     for first in (0, 3):
         for window in range(4):
             start = 0 if credit == "trajectory" else window
-            returns = [sum(reward[row, start:]) for row in range(first, first + 3)]
-            expected[first : first + 3, window] = (returns - np.mean(returns)) / np.std(returns)
+            to_go = [sum(reward[row, start:]) for row in range(first, first + 3)]
+            returns = [sum(reward[row]) for row in range(first, first + 3)]
+            expected[first : first + 3, window] = (to_go - np.mean(to_go)) / np.std(returns)
     np.testing.assert_allclose(group_advantages(torch.as_tensor(reward), 3, credit), expected, atol=1e-12)
 
 
@@ -152,7 +153,7 @@ def plain_loss(of: GRPOLearner, experience: Experience, advantages: torch.Tensor
 
 @pytest.mark.parametrize("credit", CREDITS)
 def test_the_gradient_is_that_of_the_plain_loss(credit: str) -> None:
-    one = learner(credit=credit, traces=1, temperature=0.5)
+    one = learner(credit=credit, num_traces=1, temperature=0.5)
     experience = one.collect()
     advantages = group_advantages(experience.reward, GROUP, credit)
     metrics = perturbed(one).accumulate(experience, advantages, kl_weight=0.7)
@@ -171,7 +172,7 @@ def test_memory_does_not_grow_with_the_number_of_windows() -> None:
     peaks = []
     for length in (LENGTH, 2 * LENGTH):
         tokens = random_tokens(1, length)[0].numpy()
-        one = learner(ListSource("list", "train", [Trace(tokens, 0, (), "list/0")]), traces=1)
+        one = learner(ListSource("list", "train", [Trace(tokens, 0, (), "list/0")]), num_traces=1)
         experience = one.collect()
         held = [0, 0]
 
