@@ -11,7 +11,8 @@ import torch
 import tyro
 
 import agents
-from experiments import evaluate, show, train
+from agents.imitation import ImitationConfig
+from experiments import evaluate, learners, show, train
 from experiments.speed import measure
 from kvenv.models import load_model
 
@@ -52,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     console.rule("2. Imitation of Golden Eviction on training traces")
-    environment = train.EnvironmentArgs(traces="+".join(args.traces), device=args.device)
-    learner = train.ImitationConfig(updates=args.updates)
-    kept = train.RunArgs(out=args.out / "imitation", eval_every=args.updates // 2, eval_traces=args.num_traces)
+    environment = learners.EnvironmentArgs(traces="+".join(args.traces), device=args.device)
+    learner = ImitationConfig(updates=args.updates)
+    kept = learners.RunArgs(out=args.out / "imitation", eval_every=args.updates // 2, eval_traces=args.num_traces)
     shutil.rmtree(kept.out, ignore_errors=True)  # a demo starts afresh, where a run would refuse to
-    policy = str(train.train(train.Imitation(environment, learner, kept)))
+    policy = str(train.train(learners.Imitation(environment, learner, kept)))
     console.print(f"policy saved to {policy}")
 
     console.rule("3. Evaluation on held-out traces")

@@ -5,122 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import tyro
 
-from agents import imitation
-from agents.imitation import ImitationConfig, ImitationLearner
 from agents.learner import Learner
 from experiments.cli import run as run_command
+from experiments.learners import LEARNERS, LearnerArgs, PresetName, default_arguments
 from experiments.progress import track
 from experiments.runs import POLICY, Interruption, Run, changed, from_json, read_config, to_json, write_config
 from experiments.validation import Validation
-from kvenv.vector_env import KVEvictVectorEnv
-
-PresetName = Literal["none", "foresightkv", "kvp"]
 
 
-@dataclass(frozen=True)
-class EnvironmentArgs:
-    """Where the agent trains; names and defaults are those of KVEvict-v0."""
-
-    model: str = "tiny"
-    """The LLM: tiny, a directory, a hub id or a registered name."""
-    traces: str = "recall+tracking+dialogue+reasoning"
-    """A trace family, several joined by +, a file or a registered name."""
-    trace_length: int = 512
-    """Tokens of a trace."""
-    budget: int = 64
-    """Pairs each (layer, KV head) keeps after an eviction."""
-    interval: int = 16
-    """Tokens decoded between two evictions."""
-    sinks: int = 4
-    """First tokens that are never evicted."""
-    recent: int = 16
-    """Newest tokens that are never evicted."""
-    features: str = "foresight"
-    """What the policy sees: kv, foresight, stats or a registered name."""
-    num_envs: int = 16
-    """Traces decoded side by side."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    dtype: str = "float32"
-    """Data type of the LLM."""
-
-    def make(self) -> KVEvictVectorEnv:
-        """Return the training environment: on tensors, finished rows idle until all are reset."""
-        return KVEvictVectorEnv(**asdict(self), split="train", output="torch", autoreset_mode="Disabled")
-
-
-@dataclass(frozen=True)
-class RunArgs:
-    """What is kept of the training, and how often."""
-
-    preset: PresetName = "none"
-    """Start from published hyper-parameters; options given besides override them."""
-    out: Path = Path("runs/train")
-    """Directory of the run: config.json, metrics.jsonl, checkpoints/, policy/, TensorBoard events."""
-    resume: Path | None = None
-    """Go on with the run in this directory, with its arguments; --updates extends a finished one."""
-    eval_every: int = 100
-    """Updates between two evaluations on validation traces; 0 for none."""
-    eval_traces: int = 32
-    """Validation traces; a mixture's families come in turn."""
-    eval_budgets: tuple[int, ...] = ()
-    """Budgets of the evaluation, whose mean is reported; the environment's budget if empty."""
-    save_every: int = 50
-    """Updates between two checkpoints."""
-
-
-@dataclass(frozen=True)
-class Imitation:
-    """Imitate Golden Eviction along its own trajectories or, with DAgger, the agent's (ForesightKV, stage 1)."""
-
-    name: ClassVar[str] = "imitation"
-
-    env: tyro.conf.OmitArgPrefixes[EnvironmentArgs] = field(default_factory=EnvironmentArgs)
-    learner: tyro.conf.OmitArgPrefixes[ImitationConfig] = field(default_factory=ImitationConfig)
-    run: tyro.conf.OmitArgPrefixes[RunArgs] = field(default_factory=RunArgs)
-
-    def build(self) -> Learner:
-        """Return the learner at its start."""
-        return ImitationLearner(self.env.make(), self.learner)
-
-
-Args = Imitation
-"""Arguments of any learner."""
-
-LEARNERS: dict[str, type[Args]] = {kind.name: kind for kind in (Imitation,)}
-"""What the first argument can be."""
-
-PRESETS: dict[tuple[str, str], Args] = {
-    ("imitation", "foresightkv"): Imitation(EnvironmentArgs(num_envs=4), imitation.PRESETS["foresightkv"]),
-}
-"""Published hyper-parameters by learner and name; budget and interval are the environment's, not the papers'."""
-
-
-def default_arguments(name: str, preset: PresetName = "none") -> Args:
-    """Return a learner's arguments where none are given.
-
-    Raises
-    ------
-    ValueError
-        If the learner has no such preset.
-    """
-    args: Args = LEARNERS[name]()
-    if preset != "none":
-        if (name, preset) not in PRESETS:
-            known = [other for learner, other in PRESETS if learner == name]
-            raise ValueError(f"--preset {preset} is none of {name}: it has {', '.join(known) or 'no presets'}")
-        args = PRESETS[name, preset]
-    return replace(args, run=replace(args.run, preset=preset, out=Path("runs") / name))
-
-
-def parse(arguments: Sequence[str]) -> Args:
+def parse(arguments: Sequence[str]) -> LearnerArgs:
     """Return the arguments of a learner, those of a resumed run taken from its directory.
 
     Raises
@@ -149,7 +48,7 @@ def parse(arguments: Sequence[str]) -> Args:
     return given
 
 
-def train(args: Args) -> Path:
+def train(args: LearnerArgs) -> Path:
     """Train in a run directory, or go on in one, and return the directory of the saved policy.
 
     Raises
@@ -167,7 +66,7 @@ def train(args: Args) -> Path:
         run = Run(args.run.resume)
         run.restore(learner)
         _extend(run, args.learner.updates, learner.done)
-    validation = make_validation(args.env, args.run) if args.run.eval_every else None
+    validation = args.validation() if args.run.eval_every else None
     with Interruption() as interruption, run.writing(learner.done):
         if learner.done == 0 and validation:
             run.log(0, *_validate(validation, learner))
@@ -179,7 +78,9 @@ def train(args: Args) -> Path:
     return run.directory / POLICY
 
 
-def _advance(run: Run, learner: Learner, validation: Validation | None, args: Args, interruption: Interruption) -> None:
+def _advance(
+    run: Run, learner: Learner, validation: Validation | None, args: LearnerArgs, interruption: Interruption
+) -> None:
     """Make one update, and what falls due after it."""
     began = time.perf_counter()
     metrics, image = learner.update(), None
@@ -199,23 +100,7 @@ def _validate(validation: Validation, learner: Learner) -> tuple[dict[str, float
     return validation.measure(policy), validation.picture(policy)
 
 
-def make_validation(env: EnvironmentArgs, run: RunArgs) -> Validation:
-    """Return the validation of policies that are trained in an environment."""
-    return Validation(
-        model=env.model,
-        traces=env.traces,
-        trace_length=env.trace_length,
-        interval=env.interval,
-        sinks=env.sinks,
-        recent=env.recent,
-        budgets=run.eval_budgets or (env.budget,),
-        num_traces=run.eval_traces,
-        device=env.device,
-        dtype=env.dtype,
-    )
-
-
-def _check(args: Args) -> None:
+def _check(args: LearnerArgs) -> None:
     """Refuse numbers that can't be."""
     for value, name, least in (
         (args.learner.updates, "updates", 1),

@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import agents
 from agents.checkpoint import load_checkpoint
-from experiments import train
+from agents.imitation import ImitationLearner
+from experiments import record, train
 from experiments.runs import Interruption, commit, read_config, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,14 +113,14 @@ def test_a_run_that_dies_without_warning_loses_nothing(
     tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """Before the first checkpoint, and between two, with what was logged after it on disk and torn."""
-    original = train.ImitationLearner.update
+    original = ImitationLearner.update
 
-    def dies(self: train.ImitationLearner) -> dict[str, float]:
+    def dies(self: ImitationLearner) -> dict[str, float]:
         if self.done == at:
             raise RuntimeError("power cut")
         return original(self)
 
-    monkeypatch.setattr(train.ImitationLearner, "update", dies)
+    monkeypatch.setattr(ImitationLearner, "update", dies)
     out = tmp_path / "died"
     with pytest.raises(RuntimeError, match="power cut"):
         train.main(arguments(out))
@@ -134,15 +135,15 @@ def test_a_run_that_dies_without_warning_loses_nothing(
 def test_a_signal_saves_and_exits(
     tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
-    original = train.ImitationLearner.update
+    original = ImitationLearner.update
 
-    def interrupted(self: train.ImitationLearner) -> dict[str, float]:
+    def interrupted(self: ImitationLearner) -> dict[str, float]:
         if self.done == 4:
             os.kill(os.getpid(), number)
         return original(self)
 
     out = tmp_path / "interrupted"
-    monkeypatch.setattr(train.ImitationLearner, "update", interrupted)
+    monkeypatch.setattr(ImitationLearner, "update", interrupted)
     with pytest.raises(SystemExit) as stopped:
         train.main(arguments(out))
     assert stopped.value.code == code
@@ -150,6 +151,42 @@ def test_a_signal_saves_and_exits(
     monkeypatch.undo()
     train.main(["imitation", "--resume", str(out)])
     assert_same_run(out, straight)
+
+
+OTHERS = {
+    "grpo": ["--num-traces", "2", "--group", "2", "--budgets", "32", "--kl-updates", "2"],
+    "ppo": ["--num-envs", "2", "--budget", "32", "--epochs", "1"],
+}
+"""Arguments of small runs of the other learners."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_learner_goes_on_bit_by_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [
+        *OTHERS[name], "--trace-length", "128", "--hidden", "4", "--updates", "4", "--save-every", "2",
+        "--eval-every", "0",
+    ]  # fmt: skip
+    if name == "kvp":
+        store = tmp_path / "store"
+        record.main(["--out", str(store), "--traces", "recall", "--num-traces", "3", "--trace-length", "128"])
+        options += ["--store", str(store)]
+    straight, died = tmp_path / "straight", tmp_path / "died"
+    train.main([name, *options, "--out", str(straight)])
+    kind: Any = type(train.parse([name, *options]).build())
+    original = kind.update
+
+    def dies(self: Any) -> dict[str, float]:
+        if self.done == 3:
+            raise RuntimeError("power cut")
+        metrics: dict[str, float] = original(self)
+        return metrics
+
+    monkeypatch.setattr(kind, "update", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.main([name, *options, "--out", str(died)])
+    monkeypatch.undo()
+    train.main(["--resume", str(died)])
+    assert_same_run(died, straight)
 
 
 def test_a_second_signal_takes_effect_at_once() -> None:

@@ -1,0 +1,199 @@
+"""What each learner can be told on the command line, and how it is built from that."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import tyro
+
+from agents import grpo, imitation, ppo
+from agents.learner import Learner
+from experiments.validation import Validation
+from kvenv.models import load_model
+from kvenv.state import Protection
+from kvenv.traces import load_traces
+from kvenv.vector_env import KVEvictVectorEnv
+
+PresetName = Literal["none", "foresightkv", "kvp"]
+
+
+@dataclass(frozen=True)
+class DecodingArgs:
+    """What is decoded how; names and defaults are those of KVEvict-v0."""
+
+    model: str = "tiny"
+    """The LLM: tiny, a directory, a hub id or a registered name."""
+    traces: str = "recall+tracking+dialogue+reasoning"
+    """A trace family, several joined by +, a file or a registered name."""
+    trace_length: int = 512
+    """Tokens of a trace."""
+    interval: int = 16
+    """Tokens decoded between two evictions."""
+    sinks: int = 4
+    """First tokens that are never evicted."""
+    recent: int = 16
+    """Newest tokens that are never evicted."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    dtype: str = "float32"
+    """Data type of the LLM."""
+
+
+@dataclass(frozen=True)
+class RolloutArgs(DecodingArgs):
+    """Decoding, and what the policy sees."""
+
+    features: str = "foresight"
+    """What the policy sees: kv, foresight, stats or a registered name; a policy to start from has its own."""
+
+
+@dataclass(frozen=True)
+class EnvironmentArgs(RolloutArgs):
+    """Where the agent trains."""
+
+    budget: int = 64
+    """Pairs each (layer, KV head) keeps after an eviction."""
+    num_envs: int = 16
+    """Traces decoded side by side."""
+
+    def make(self, output: str = "torch", autoreset_mode: str = "Disabled") -> KVEvictVectorEnv:
+        """Return the training environment; by default on tensors, and finished rows idle until all are reset."""
+        return KVEvictVectorEnv(**asdict(self), split="train", output=output, autoreset_mode=autoreset_mode)
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """What is kept of the training, and how often."""
+
+    preset: PresetName = "none"
+    """Start from published hyper-parameters; options given besides override them."""
+    out: Path = Path("runs/train")
+    """Directory of the run: config.json, metrics.jsonl, checkpoints/, policy/, TensorBoard events."""
+    resume: Path | None = None
+    """Go on with the run in this directory, with its arguments; --updates extends a finished one."""
+    eval_every: int = 100
+    """Updates between two evaluations on validation traces; 0 for none."""
+    eval_traces: int = 32
+    """Validation traces; a mixture's families come in turn."""
+    eval_budgets: tuple[int, ...] = ()
+    """Budgets of the evaluation, whose mean is reported; those of the training if empty."""
+    save_every: int = 50
+    """Updates between two checkpoints."""
+
+
+@dataclass(frozen=True)
+class LearnerArgs:
+    """What the arguments of every learner have."""
+
+    name: ClassVar[str]
+    env: Any
+    learner: Any
+    run: RunArgs
+
+    def build(self) -> Learner:
+        """Return the learner at its start."""
+        raise NotImplementedError
+
+    def budgets(self) -> tuple[int, ...]:
+        """Return the budgets that it is trained for."""
+        return tuple(self.learner.budgets) or (self.env.budget,)
+
+    def validation(self) -> Validation:
+        """Return the validation of its policies."""
+        return Validation(
+            model=self.env.model,
+            traces=self.env.traces,
+            trace_length=self.env.trace_length,
+            interval=self.env.interval,
+            sinks=self.env.sinks,
+            recent=self.env.recent,
+            budgets=self.run.eval_budgets or self.budgets(),
+            num_traces=self.run.eval_traces,
+            device=self.env.device,
+            dtype=self.env.dtype,
+        )
+
+
+@dataclass(frozen=True)
+class Imitation(LearnerArgs):
+    """Imitate Golden Eviction along its own trajectories or, with DAgger, the agent's (ForesightKV, stage 1)."""
+
+    name = "imitation"
+
+    env: tyro.conf.OmitArgPrefixes[EnvironmentArgs] = field(default_factory=EnvironmentArgs)
+    learner: tyro.conf.OmitArgPrefixes[imitation.ImitationConfig] = field(default_factory=imitation.ImitationConfig)
+    run: tyro.conf.OmitArgPrefixes[RunArgs] = field(default_factory=RunArgs)
+
+    def build(self) -> Learner:
+        """Return the learner at its start."""
+        return imitation.ImitationLearner(self.env.make(), self.learner)
+
+
+@dataclass(frozen=True)
+class GRPO(LearnerArgs):
+    """Improve a policy by comparing sampled rollouts of the same trace (ForesightKV, stage 2)."""
+
+    name = "grpo"
+
+    env: tyro.conf.OmitArgPrefixes[RolloutArgs] = field(default_factory=RolloutArgs)
+    learner: tyro.conf.OmitArgPrefixes[grpo.GRPOConfig] = field(default_factory=grpo.GRPOConfig)
+    run: tyro.conf.OmitArgPrefixes[RunArgs] = field(default_factory=RunArgs)
+
+    def build(self) -> Learner:
+        """Return the learner at its start."""
+        env = self.env
+        loaded = load_model(env.model, dtype=env.dtype, device=env.device)
+        source = load_traces(env.traces, split="train", tokenizer=loaded.tokenizer, trace_length=env.trace_length)
+        return grpo.GRPOLearner(
+            loaded.model,
+            source,
+            self.learner,
+            interval=env.interval,
+            protection=Protection(env.sinks, env.recent),
+            features=env.features,
+        )
+
+
+@dataclass(frozen=True)
+class PPO(LearnerArgs):
+    """Stable-Baselines3's PPO, unmodified, with one decision of a (layer, KV head) per row."""
+
+    name = "ppo"
+
+    env: tyro.conf.OmitArgPrefixes[EnvironmentArgs] = field(default_factory=EnvironmentArgs)
+    learner: tyro.conf.OmitArgPrefixes[ppo.PPOConfig] = field(default_factory=ppo.PPOConfig)
+    run: tyro.conf.OmitArgPrefixes[RunArgs] = field(default_factory=RunArgs)
+
+    def build(self) -> Learner:
+        """Return the learner at its start."""
+        return ppo.PPOLearner(self.env.make(output="numpy", autoreset_mode="SameStep"), self.learner)
+
+
+LEARNERS: dict[str, type[LearnerArgs]] = {kind.name: kind for kind in (Imitation, GRPO, PPO)}
+"""What can be trained."""
+
+PRESETS: dict[tuple[str, str], LearnerArgs] = {
+    ("imitation", "foresightkv"): Imitation(EnvironmentArgs(num_envs=4), imitation.PRESETS["foresightkv"]),
+    ("grpo", "foresightkv"): GRPO(learner=grpo.PRESETS["foresightkv"]),
+}
+"""Published hyper-parameters by learner and name; budgets and intervals are ours, at the papers' scale nothing fits."""
+
+
+def default_arguments(name: str, preset: PresetName = "none") -> LearnerArgs:
+    """Return a learner's arguments where none are given.
+
+    Raises
+    ------
+    ValueError
+        If the learner has no such preset.
+    """
+    kind: Any = LEARNERS[name]
+    args: LearnerArgs = kind()
+    if preset != "none":
+        if (name, preset) not in PRESETS:
+            known = [other for learner, other in PRESETS if learner == name]
+            raise ValueError(f"--preset {preset} is none of {name}: it has {', '.join(known) or 'no presets'}")
+        args = PRESETS[name, preset]
+    return replace(args, run=replace(args.run, preset=preset, out=Path("runs") / name))
