@@ -25,9 +25,9 @@ def make_sb3_env(num_envs: int = 8, *, features: str = "stats", **arguments: Any
 
     PPO's ratio is the exponential of a sum, over the W picks of a decision here, over the C numbers of a head's action
     under the stock Gaussian of ``MultiInputPolicy``, which runs here too. That is why there is no such environment with
-    one action for the whole model: after one update SB3's approx_kl is 0.03 at 64 numbers, 3.3 at 1,024, 1e24 at 8,192,
-    and at 32,768 all is NaN. For the same reason prefer a small ``interval``, and ``schedule="periodic"``: ``prefill``
-    evicts hundreds of pairs at once.
+    one action for the whole model: SB3's approx_kl after one rollout is 0.07 for 64 numbers, 120 for 1,024, and for
+    8,192 the weights are NaN (``pytest -s tests/test_ppo.py -k whole_model``). For the same reason prefer a small
+    ``interval``, and ``schedule="periodic"``: ``prefill`` evicts hundreds of pairs at once.
 
     Parameters
     ----------

@@ -37,6 +37,7 @@ class HeadView(VectorEnv[dict[str, Array], Array, Array]):
             raise ValueError(f"env must be a KVEvictVectorEnv without wrappers, not {env}")
         self.env = env
         self.metadata, self.render_mode = env.metadata, env.render_mode
+        self.autoreset_mode = self.metadata["autoreset_mode"]  # TorchRL asks for the enum
         layers, heads, slots, width = env.feature_shape
         self.traces, self.layers, self.heads = env.num_envs, layers, heads
         self.num_envs = env.num_envs * layers * heads

@@ -312,6 +312,35 @@ def test_ppo_learns_what_can_be_learnt() -> None:
     assert mean_reward() > 0.9, "at most about 1.35 can be had where a head has three pairs of a kind"
 
 
+class Many(gym.Env[np.ndarray, np.ndarray]):
+    """Pays the mean of an action of n numbers."""
+
+    def __init__(self, numbers: int) -> None:
+        self.observation_space = spaces.Box(-1, 1, (16,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (numbers,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, 16).astype(np.float32), {}
+
+    def step(self, action: np.ndarray) -> Any:
+        observation = self.np_random.uniform(-1, 1, 16).astype(np.float32)
+        return observation, float(action.mean()), bool(self.np_random.random() < 0.1), False, {}
+
+
+def test_why_no_action_ranks_a_whole_model() -> None:
+    """One probability for all heads: the figures in the documentation, with ``-s``."""
+    kl = []
+    for numbers in (64, 1024):
+        model = PPO("MlpPolicy", Many(numbers), n_steps=256, seed=0, device="cpu").learn(256)
+        kl.append(float(model.logger.name_to_value["train/approx_kl"]))
+    print(f"approx_kl after one rollout: {kl[0]:.2g} with 64 numbers in an action, {kl[1]:.2g} with 1,024")
+    assert kl[0] < 0.2
+    assert kl[1] > 2
+    with pytest.raises(ValueError, match="nan"):
+        PPO("MlpPolicy", Many(8192), n_steps=256, seed=0, device="cpu").learn(256)
+
+
 def test_the_policy_ranks_like_the_model() -> None:
     trained = learner()
     metrics = trained.update()

@@ -26,8 +26,9 @@ for number, (line, code) in enumerate(json.load(sys.stdin)):
 
 def blocks(language: str) -> list[tuple[int, str]]:
     """Return README's fenced blocks of a language as (line of the first code line, code)."""
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [(README.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+    # Every block is matched, or the end of one would pass for the beginning of another.
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [(README.count("\n", 0, match.start(2)) + 1, match[2]) for match in found if match[1] == language]
 
 
 def test_every_python_snippet_runs() -> None:
