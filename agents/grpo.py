@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
@@ -99,6 +98,9 @@ class GRPOConfig:
         if self.credit not in CREDITS:
             raise ValueError(f"unknown credit {self.credit!r}: known are {', '.join(CREDITS)}")
 
+
+CALIBRATED_ON = 4
+"""Decisions that the input constants of a scorer of random weights are taken from."""
 
 PRESETS = {
     "foresightkv": GRPOConfig(
@@ -186,7 +188,7 @@ class GRPOLearner(Learner):
         self._reward = REWARDS.get(self.config.reward)
         self.layers = HandedCache(model).num_layers
         start = self._loaded(self.config.init) if self.config.init else self._random(features)
-        self.scorer, self.features = start.scorer.train(), feature_set(start.features)
+        self.scorer, self.features = start.scorer, feature_set(start.features)
         self.reference = copy.deepcopy(self.scorer).requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.scorer.parameters(), lr=self.config.learning_rate)
 
@@ -231,12 +233,7 @@ class GRPOLearner(Learner):
         """
         config, rng = self.config, np.random.default_rng([self.config.seed, self.done])
         budget = int(rng.choice(config.budgets))
-        first = int(rng.integers(self.source.size or 1 << 31))
-        ids = [
-            first + i if self.source.size is None else (first + i) % self.source.size for i in range(config.num_traces)
-        ]
-        traces = [self.source[trace_id] for trace_id in ids]
-        self._check(traces, budget)
+        traces = self._traces(int(rng.integers(self.source.size or 1 << 31)), budget)
         rows = [trace for trace in traces for _ in range(config.group)]
         evictions = Evictions(self.layers, self.interval)
         sampler = SamplingPolicy(self.policy, config.temperature, evictions)
@@ -325,7 +322,11 @@ class GRPOLearner(Learner):
         if state.values.get("learner") != self.name:
             raise ValueError(f"the state is of learner {state.values.get('learner')!r}, not {self.name!r}")
         for prefix, scorer in (("scorer", self.scorer), ("reference", self.reference)):
-            own = {name.removeprefix(prefix + "."): x for name, x in state.tensors.items() if name.startswith(prefix)}
+            own = {
+                name.removeprefix(f"{prefix}."): tensor
+                for name, tensor in state.tensors.items()
+                if name.startswith(f"{prefix}.")
+            }
             try:
                 scorer.load_state_dict(own)
             except RuntimeError as error:
@@ -333,11 +334,14 @@ class GRPOLearner(Learner):
         restore_optimizer(self.optimizer, state.tensors)
         self.done = int(state.values["done"])
 
-    def _check(self, traces: Sequence[Trace], budget: int) -> None:
-        """Refuse traces that can't be decoded with a budget."""
+    def _traces(self, first: int, budget: int) -> list[Trace]:
+        """Return the traces of an update, from an id on and round; refuse those that can't be decoded with a budget."""
+        ids = range(first, first + self.config.num_traces)
+        traces = [self.source[trace_id % (self.source.size or trace_id + 1)] for trace_id in ids]
         limits = Limits(max(len(trace.tokens) for trace in traces), budget, self.interval, True, self.protection)
         for trace in traces:
             limits.check_trace(trace, budget, budget + self.interval)
+        return traces
 
     def _loaded(self, init: str) -> ScorerPolicy:
         """Return a copy of the policy to start from."""
@@ -355,29 +359,33 @@ class GRPOLearner(Learner):
         return ScorerPolicy(scorer, policy.features)
 
     def _random(self, features: str) -> ScorerPolicy:
-        """Return a policy of random weights, its input constants taken from first decisions."""
+        """Return a policy of random weights, its input constants taken from a few decisions of its own."""
         shape, config = HandedCache(self.model), self.config
         width = feature_set(features).width(shape.head_dim, shape.groups)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            scorer = Scorer(self.layers, shape.kv_heads, width, config.hidden).to(self.model.device)
-        policy, first = ScorerPolicy(scorer, features), {}
+        generator = torch.Generator().manual_seed(config.seed)
+        scorer = Scorer(self.layers, shape.kv_heads, width, config.hidden, generator).to(self.model.device)
+        policy, budget = ScorerPolicy(scorer, features), max(config.budgets)
+        traces = self._traces(0, budget)
+        windows = -(-(max(len(trace.tokens) for trace in traces) - 1 - budget - self.interval) // self.interval)
+        taken = set(np.linspace(0, windows - 1, CALIBRATED_ON).astype(int).tolist())
+        made = [0] * self.layers
+        seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in made]
 
         def keep(state: LayerState, order: Tensor, count: Tensor) -> None:
-            if state.layer not in first:
-                first[state.layer] = feature_set(features).compute(state), state.filled
+            if made[state.layer] in taken:
+                seen[state.layer].append((feature_set(features).compute(state), state.filled))
+            made[state.layer] += 1
 
-        traces = [self.source[trace_id] for trace_id in range(config.num_traces)]
-        self._check(traces, max(config.budgets))
         rollout(
             policy,
             traces,
             model=self.model,
-            budget=max(config.budgets),
+            budget=budget,
             interval=self.interval,
             protection=self.protection,
             on_eviction=keep,
         )
-        seen, filled = (torch.stack(x, dim=1) for x in zip(*(first[layer] for layer in range(self.layers))))
-        scorer.calibrate(seen, filled)
+        by_layer = [[torch.cat(parts) for parts in zip(*layer)] for layer in seen]
+        inputs, filled = (torch.stack(parts, dim=1) for parts in zip(*by_layer))
+        scorer.calibrate(inputs, filled)
         return policy

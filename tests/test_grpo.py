@@ -233,6 +233,22 @@ def test_the_divergence_from_the_start_is_held_down_as_long_as_it_is_weighted() 
     assert divergence[1] < 0.5 * min(divergence[0], divergence[2])
 
 
+def test_a_scorer_of_random_weights_is_calibrated_on_what_it_sees() -> None:
+    one, inputs = learner(), []
+
+    def keep(state: Any, order: torch.Tensor, count: torch.Tensor) -> None:
+        features = one.features.compute(state)[:, 0][state.filled[:, 0]]
+        squashed = torch.asinh((features - one.scorer.centre[0, 0]) / one.scorer.scale[0, 0])
+        if state.layer == 0:
+            inputs.append((squashed - one.scorer.mean[0, 0]) / one.scorer.deviation[0, 0])
+
+    options = {"model": one.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
+    rollout(one.policy, [trace(i) for i in range(4)], on_eviction=keep, **options)  # type: ignore[arg-type]
+    seen = torch.cat(inputs)
+    assert (seen.mean(dim=0).abs() < 0.5).all()
+    assert ((seen.std(dim=0) > 0.5) & (seen.std(dim=0) < 2)).all()
+
+
 def test_it_goes_on_from_a_saved_policy(tmp_path: Path) -> None:
     start = learner().policy
     start.save(tmp_path / "start")
