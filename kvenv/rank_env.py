@@ -264,4 +264,6 @@ def _state(trace: RecordedTrace, layer: int, cut: int) -> LayerState:
     positions = torch.arange(cut).expand(keys.shape[:3])
     filled = torch.ones_like(positions, dtype=torch.bool)
     now, none = torch.tensor([cut]), torch.tensor([0])
-    return LayerState(layer, keys, values, positions, filled, filled, now, none, now, trace.interval)
+    return LayerState(
+        layer, keys, values, positions, filled, filled, now, none, now, trace.interval, rotary=trace.rotary
+    )

@@ -31,6 +31,7 @@ from kvenv.decode import collate, read
 from kvenv.files import write_atomic
 from kvenv.golden import RecordingCache
 from kvenv.models import LoadedModel, load_model
+from kvenv.rotary import Rotary
 from kvenv.traces import FAMILIES, Trace, load_traces
 
 INDEX = "index.json"
@@ -59,6 +60,8 @@ class RecordedTrace:
         Utilities at all cuts, one cut after the other: W numbers, 2W numbers, ...
     tokens : Tensor (T,) int64
         Token ids.
+    rotary : Rotary
+        The LLM's rotary embedding, which turned the keys.
     """
 
     name: str
@@ -67,6 +70,7 @@ class RecordedTrace:
     values: Tensor
     utility: Tensor
     tokens: Tensor
+    rotary: Rotary
 
     @property
     def cuts(self) -> range:
@@ -124,13 +128,13 @@ def record(model: PreTrainedModel, traces: Sequence[Trace], interval: int) -> li
     cache = RecordingCache(model, interval=interval, reduce="sum", keep_pairs=True)
     read(model, cache, batch.tokens, batch.positions, batch.valid)
     future = cache.future(batch.pad).utility.float()
-    recorded = []
+    recorded, rotary = [], Rotary.of(model)
     for row, trace in enumerate(traces):
         pairs = slice(0, len(trace.tokens) - 1)
         keys, values = (torch.stack([pair[which][row, :, pairs] for pair in cache.pairs]) for which in (0, 1))
         utility = [future[:, row, :, n // interval, :n] for n in cuts(len(trace.tokens), interval)]
         tokens = torch.as_tensor(np.asarray(trace.tokens), dtype=torch.int64)
-        recorded.append(RecordedTrace(trace.name, interval, keys, values, torch.cat(utility, dim=-1), tokens))
+        recorded.append(RecordedTrace(trace.name, interval, keys, values, torch.cat(utility, dim=-1), tokens, rotary))
     return recorded
 
 
@@ -152,6 +156,8 @@ class Recording:
         The LLM's name, and the hash of its configuration and weights.
     layers, kv_heads, head_dim : int
         L, H, D.
+    inv_freq, rotary_scaling : list of float, float
+        The LLM's rotary embedding.
     traces, split : str
         Name and split of the traces.
     trace_length, first_trace : int
@@ -167,6 +173,8 @@ class Recording:
     layers: int
     kv_heads: int
     head_dim: int
+    inv_freq: list[float]
+    rotary_scaling: float
     traces: str
     split: str
     trace_length: int
@@ -187,7 +195,7 @@ class Recording:
         dtype: str | None = None,
     ) -> Recording:
         """Describe a recording of an LLM; pairs are kept in the LLM's dtype if no other is given."""
-        cache = RecordingCache(loaded.model, interval=interval)
+        cache, rotary = RecordingCache(loaded.model, interval=interval), Rotary.of(loaded.model)
         own = next(name for name, known in DTYPES.items() if known == loaded.model.dtype)
         return cls(
             loaded.name,
@@ -195,6 +203,8 @@ class Recording:
             cache.num_layers,
             cache.kv_heads,
             cache.head_dim,
+            rotary.inv_freq.tolist(),
+            rotary.scaling,
             traces,
             split,
             trace_length,
@@ -296,10 +306,10 @@ class TraceStore(Sequence[RecordedTrace]):
             raise FileNotFoundError(f"{self.directory / INDEX} lists {path.name}, which is missing")
         try:
             with safe_open(path, framework="pt") as file:
-                traces = []
+                traces, rotary = [], Rotary(torch.tensor(self.recording.inv_freq), self.recording.rotary_scaling)
                 for index, name in enumerate(shard.names):
                     tensors = {tensor: file.get_tensor(f"{index}.{tensor}") for tensor in TENSORS}
-                    trace = RecordedTrace(name, self.recording.interval, **tensors)
+                    trace = RecordedTrace(name, self.recording.interval, **tensors, rotary=rotary)
                     self._check(trace)
                     traces.append(trace)
                 return traces
@@ -394,7 +404,7 @@ def read_index(directory: Path) -> tuple[Recording, list[Shard]]:
         if index["format"] != FORMAT:
             raise ValueError(f"its format is {index['format']!r}, not {FORMAT!r}")
         for field in fields(Recording):
-            if type(index[field.name]).__name__ != field.type:
+            if type(index[field.name]).__name__ != str(field.type).split("[")[0]:
                 raise ValueError(f"{field.name} {index[field.name]!r} must be of type {field.type}")
         recording = Recording(**{field.name: index[field.name] for field in fields(Recording)})
         if recording.interval < 1 or recording.dtype not in DTYPES:

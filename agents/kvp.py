@@ -1,0 +1,325 @@
+"""KVP: learn offline to rank cached pairs by the attention of the future (arXiv 2602.10238).
+
+REINFORCE with a leave-one-out baseline on KVRank-v0, all (layer, KV head) agents at once as one batched network:
+rankings are drawn from the Plackett-Luce model by Gumbel-sort, the most useful pair first, and paid minus their
+oracle-normalised cost over all budgets. Batches come straight from the trace store; no environment and no LLM is run.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.checkpoint import optimizer_state, restore_optimizer
+from agents.kvp_scorer import KVPPolicy, KVPScorer
+from agents.learner import Learner, State
+from kvenv import noise, plackett_luce
+from kvenv.rank_env import cost, least_cost
+from kvenv.store import RecordedTrace
+
+
+@dataclass(frozen=True)
+class KVPConfig:
+    """Hyper-parameters of KVP."""
+
+    updates: int = 1000
+    """Gradient steps."""
+    batch_size: int = 16
+    """Recorded traces in an update, each with a cut of its own."""
+    samples: int = 8
+    """K, rankings drawn of each."""
+    group: Literal["trace", "batch"] = "trace"
+    """What a ranking is compared with: the others of its trace, or all others of the batch (the authors' code)."""
+    credit: Literal["ranking", "budget"] = "budget"
+    """What a pick is paid for: its whole ranking (the paper), or only the budgets that it still decides."""
+    learning_rate: float = 1e-3
+    """AdamW's step size after the warm-up; falls to a fiftieth by a cosine."""
+    warmup: int = 50
+    """Updates of linear warm-up, from a hundredth."""
+    weight_decay: float = 1e-3
+    """AdamW's weight decay."""
+    grad_clip: float = 5.0
+    """Largest norm of the gradient of each (layer, KV head)."""
+    ema: float = 0.99
+    """Decay of the running mean of the weights, which is the policy."""
+    embedding: int = 32
+    """Width of the projections of key and value."""
+    hidden: int = 64
+    """Units of the two hidden layers."""
+    seed: int = 0
+    """Seed of the initial weights, the batches and the rankings."""
+
+
+PRESETS = {
+    "kvp": KVPConfig(
+        updates=4000,
+        batch_size=128,
+        samples=1,
+        group="batch",
+        credit="ranking",
+        learning_rate=5e-5,
+        warmup=100,
+        embedding=256,
+        hidden=256,
+    ),
+}
+"""Published hyper-parameters, from the authors' code."""
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """A batch of cuts. N traces, L layers, H KV heads, C the largest cut, M the sum of all cuts.
+
+    Attributes
+    ----------
+    chosen : list of (int, int)
+        Index of each trace in the store, and its cut.
+    keys, values : Tensor (1, L, H, M, D)
+        The pairs of all cuts, one cut after the other: no slot is empty.
+    positions, ages : Tensor (M,) int64
+        Where they are.
+    utility : Tensor (L, H, N, C)
+        What they are worth, 0 beyond a cut.
+    slots : Tensor (N, C) int64
+        Which of the M pairs each is.
+    mask : Tensor (N, C) bool
+        False beyond a cut.
+    """
+
+    chosen: list[tuple[int, int]]
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    ages: Tensor
+    utility: Tensor
+    slots: Tensor
+    mask: Tensor
+
+
+def returns(ranked: Tensor, least: Tensor, credit: str) -> Tensor:
+    """Return what the picks of rankings are paid.
+
+    Parameters
+    ----------
+    ranked : Tensor (..., C)
+        Utilities in ranked order, most useful first.
+    least : Tensor (...)
+        Cost of the best ranking.
+    credit : {"ranking", "budget"}
+        Whether a pick is paid for its whole ranking, or only for the budgets that it still decides.
+
+    Returns
+    -------
+    Tensor (..., C), or (..., 1) where all picks of a ranking are paid alike
+        The reward, or what of it depends on the pick: given the picks before, both have the same gradient.
+    """
+    if credit == "ranking":
+        return (-cost(ranked) / least)[..., None]
+    # What a budget b leaves out, for b = 1 ... C: the pick of rank r decides the budgets from r on.
+    left = (ranked.sum(dim=-1, keepdim=True) - ranked.cumsum(dim=-1)).clamp(min=0)
+    return -left.flip(-1).cumsum(dim=-1).flip(-1) / least[..., None]
+
+
+def leave_one_out(paid: Tensor, group: str) -> Tensor:
+    """Return what picks (K, L, H, N, ...) were paid beyond the mean of the others (RLOO, arXiv 2402.14740).
+
+    The others are the same picks of the other K - 1 rankings of the trace (group ``trace``), or of all other rankings
+    in the batch of N traces (``batch``).
+    """
+    axes = (0,) if group == "trace" else (0, 3)
+    count = math.prod(paid.shape[axis] for axis in axes)
+    return (paid * count - paid.sum(dim=axes, keepdim=True)) / (count - 1)
+
+
+class KVPLearner(Learner):
+    """Trains a scorer to rank the pairs of recorded traces.
+
+    Parameters
+    ----------
+    store : sequence of RecordedTrace
+        :class:`kvenv.store.TraceStore`, or traces recorded in memory.
+    config : KVPConfig, optional
+        Hyper-parameters.
+    device : str
+        Where to learn.
+
+    Raises
+    ------
+    ValueError
+        If a hyper-parameter is impossible.
+    """
+
+    name = "kvp"
+
+    def __init__(self, store: Sequence[RecordedTrace], config: KVPConfig | None = None, device: str = "cpu") -> None:
+        self.store, self.config, self.device = store, config or KVPConfig(), torch.device(device)
+        self._check()
+        layers, heads, _, head_dim = store[0].keys.shape
+        self.scorer = KVPScorer(
+            layers,
+            heads,
+            head_dim,
+            self.config.embedding,
+            self.config.hidden,
+            store[0].rotary.inv_freq.tolist(),
+            generator=torch.Generator().manual_seed(self.config.seed),
+        ).to(self.device)
+        batch = self.batch(0)
+        self.scorer.calibrate(batch.keys[0], batch.values[0])
+        self.average = copy.deepcopy(self.scorer)
+        self.optimizer = torch.optim.AdamW(
+            self.scorer.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+        )
+        self.done = 0
+
+    @property
+    def policy(self) -> KVPPolicy:
+        """The policy as trained so far, with the running mean of the weights."""
+        training = {"learner": self.name, "updates_done": self.done, **asdict(self.config)}
+        return KVPPolicy(self.average, self.name, training)
+
+    def update(self) -> dict[str, float]:
+        """Rank the pairs of a batch of cuts K times, learn from what was better, and return the metrics."""
+        began = time.perf_counter()
+        batch = self.batch(self.done)
+        loaded = time.perf_counter()
+        scores = self.scorer(batch.keys, batch.values, batch.positions, batch.ages)[0][..., batch.slots]
+        order = self.rank(scores.detach(), batch.mask)
+        utility = batch.utility.expand(order.shape).gather(-1, order)
+        least = least_cost(batch.utility)
+        advantage = leave_one_out(returns(utility, least, self.config.credit), self.config.group)
+        # In units of each agent's own spread.
+        spread = advantage.square().mean(dim=(0, 3, 4), keepdim=True).sqrt()
+        advantage = advantage / spread.clamp(min=1e-8)
+        ranked = time.perf_counter()
+        count = batch.mask.sum(dim=-1)
+        mask, picks = batch.mask.expand(order.shape), count.expand(order.shape[:-1])
+        logs = plackett_luce.log_prob(scores.expand(order.shape), order, mask, picks, order.shape[-1])
+        # Averaged over the picks of a ranking, summed over agents, of which each has its own weights.
+        loss = -((advantage * logs).sum(dim=-1) / count).mean(dim=(0, 3)).sum()
+        norm = self._step(loss)
+        return {
+            "rollout/ep_rew_mean": float((-cost(utility) / least).mean()),
+            "loss/kvp": float(loss.detach()),
+            "loss/entropy": float(-(logs.detach().sum(dim=-1) / count).mean()),
+            "loss/grad_norm": norm,
+            "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "time/env": loaded - began,
+            "time/policy": ranked - loaded,
+            "time/learn": time.perf_counter() - ranked,
+        }
+
+    def batch(self, update: int) -> Cuts:
+        """Return the batch of an update: traces and cuts drawn alike from seed and update."""
+        rng = np.random.default_rng([self.config.seed, update])
+        numbers = rng.integers(len(self.store), size=self.config.batch_size).tolist()
+        chosen = [(number, int(rng.choice(self.store[number].cuts))) for number in numbers]
+        traces, drawn = [self.store[number] for number in numbers], [cut for _, cut in chosen]
+        keys, values = (
+            torch.cat([getattr(trace, name)[:, :, :cut] for trace, cut in zip(traces, drawn, strict=True)], dim=2)
+            for name in ("keys", "values")
+        )
+        widest = max(drawn)
+        pad = torch.nn.functional.pad
+        utility = torch.stack(
+            [pad(trace.utility_at(cut), (0, widest - cut)) for trace, cut in zip(traces, drawn, strict=True)], dim=2
+        )
+        cuts, slot = torch.tensor(drawn), torch.arange(widest)
+        starts = cuts.cumsum(0) - cuts
+        positions = torch.cat([torch.arange(cut) for cut in drawn])
+        ages = cuts.repeat_interleave(cuts) - positions
+        mask = slot < cuts[:, None]
+        slots = torch.where(mask, starts[:, None] + slot, 0)
+        tensors = (keys[None].float(), values[None].float(), positions, ages, utility, slots, mask)
+        return Cuts(chosen, *(tensor.to(self.device) for tensor in tensors))
+
+    def rank(self, scores: Tensor, mask: Tensor) -> Tensor:
+        """Return K rankings (K, L, H, N, C) of scored pairs (L, H, N, C), most useful first, padding last."""
+        sample, layer, head, row, slot = (
+            torch.arange(size, device=scores.device).view(-1, *(1,) * (4 - axis))
+            for axis, size in enumerate((self.config.samples, *scores.shape))
+        )
+        uniform = noise.uniform(self.config.seed, self.done, sample, layer, head, row, slot)
+        # Evict logits go first: here, what goes first is what stays longest.
+        drawn = -plackett_luce.priorities(scores, uniform)
+        return torch.where(mask, drawn, -torch.inf).argsort(dim=-1, descending=True)
+
+    def _step(self, loss: Tensor) -> float:
+        """Descend, update the running mean, and return the largest gradient norm of an agent."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * self._rate(self.done)
+        self.optimizer.zero_grad()
+        loss.backward()
+        gradients = [weight.grad for weight in self.scorer.parameters() if weight.grad is not None]
+        norms = torch.stack([gradient.square().sum(dim=(2, 3)) for gradient in gradients]).sum(dim=0).sqrt()
+        for gradient in gradients:
+            gradient *= (config.grad_clip / norms.clamp(min=config.grad_clip))[..., None, None]
+        self.optimizer.step()
+        self.done += 1
+        # Early on the mean forgets faster: the initial weights are no estimate of anything.
+        decay = min(config.ema, self.done / (self.done + 10))
+        with torch.no_grad():
+            for mean, weight in zip(self.average.parameters(), self.scorer.parameters(), strict=True):
+                mean.lerp_(weight, 1 - decay)
+        return float(norms.max())
+
+    def _rate(self, update: int) -> float:
+        """Factor on the learning rate: linear warm-up from a hundredth, then a cosine down to a fiftieth."""
+        warmup, updates = self.config.warmup, self.config.updates
+        if update < warmup:
+            return 0.01 + 0.99 * update / warmup
+        share = min(1.0, (update - warmup) / max(1, updates - warmup))
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
+
+    def _check(self) -> None:
+        """Refuse what can't work."""
+        config = self.config
+        if not len(self.store):
+            raise ValueError("the store has no traces: record some with `kvenv record`")
+        if config.group not in ("trace", "batch"):
+            raise ValueError(f"unknown group {config.group!r}: known are trace, batch")
+        if config.credit not in ("ranking", "budget"):
+            raise ValueError(f"unknown credit {config.credit!r}: known are ranking, budget")
+        if config.credit == "budget" and config.group == "batch":
+            raise ValueError("credit 'budget' compares picks of the same rank of the same trace: choose group 'trace'")
+        others = config.samples * (config.batch_size if config.group == "batch" else 1)
+        if min(config.samples, config.batch_size) < 1 or others < 2:
+            raise ValueError(
+                f"samples {config.samples} and batch_size {config.batch_size} leave a ranking of group "
+                f"{config.group!r} nothing to be compared with: choose 2 or more"
+            )
+
+    def state(self) -> State:
+        """Return weights, their running mean and the optimizer's moments; data and noise follow from ``done``."""
+        tensors = {f"scorer.{name}": x.detach().clone() for name, x in self.scorer.state_dict().items()}
+        tensors |= {f"average.{name}": x.detach().clone() for name, x in self.average.state_dict().items()}
+        return State(tensors | optimizer_state(self.optimizer), {"learner": self.name, "done": self.done})
+
+    def restore(self, state: State) -> None:
+        """Go on from a state.
+
+        Raises
+        ------
+        ValueError
+            If the state is of another learner or other shapes.
+        """
+        if state.values.get("learner") != self.name:
+            raise ValueError(f"the state is of learner {state.values.get('learner')!r}, not {self.name!r}")
+        try:
+            for prefix, scorer in (("scorer.", self.scorer), ("average.", self.average)):
+                weights = {key.removeprefix(prefix): x for key, x in state.tensors.items() if key.startswith(prefix)}
+                scorer.load_state_dict(weights)
+            self.done = int(state.values["done"])
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the state doesn't fit this scorer: {error}") from error
+        self.optimizer.state.clear()
+        restore_optimizer(self.optimizer, state.tensors)

@@ -1,0 +1,244 @@
+"""KVP's policy (arXiv 2602.10238): a network per (layer, KV head) that sees key, value and position of a pair.
+
+Differs from the paper's in what it must not lose: layer normalisation erases the norms of keys and values, so their
+logarithms are inputs of their own; and positions are smooth functions instead of a table of embeddings, so that it
+can be asked about positions past the training length. For the same reason keys are turned back to position 0: what a
+key says doesn't depend then on where it stands, which the position tells.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agents.base import Policy
+from agents.scorer import DESCRIPTION, WEIGHTS
+from kvenv.files import write_atomic
+from kvenv.rotary import Rotary
+from kvenv.state import LayerState
+
+OCTAVES = 3
+PLACES = 2 * (1 + 2 * OCTAVES)
+"""Numbers that tell where a pair is."""
+
+
+def places(positions: Tensor, ages: Tensor) -> Tensor:
+    """Return features (..., PLACES) of order 1 of absolute positions and ages, both (...) in tokens.
+
+    Logarithms, so that twice the length is one step further and not another world, and their waves, so that a small
+    network can tell one step from the next.
+    """
+    logs = torch.stack([torch.log2(1 + x.clamp(min=0).float()) / 8 for x in (positions, ages)], dim=-1)
+    angles = torch.cat([logs * (torch.pi * 2**octave) for octave in range(OCTAVES)], dim=-1)
+    return torch.cat([logs - 0.75, angles.sin(), angles.cos()], dim=-1)
+
+
+class HeadLinear(nn.Module):
+    """A linear layer with weights of its own for every (layer, KV head)."""
+
+    def __init__(self, heads: tuple[int, int], inputs: int, outputs: int, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(*heads, inputs, outputs, generator=generator) * inputs**-0.5)
+        self.bias = nn.Parameter(torch.zeros(*heads, 1, outputs))
+
+    def forward(self, x: Tensor, at: slice | int) -> Tensor:
+        """Map (N, L, H, C, inputs), or (N, H, C, inputs) of layer ``at``."""
+        return x @ self.weight[at] + self.bias[at]
+
+
+class HeadNorm(nn.Module):
+    """A layer normalisation with scale and shift of its own for every (layer, KV head)."""
+
+    def __init__(self, heads: tuple[int, int], width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(*heads, 1, width))
+        self.shift = nn.Parameter(torch.zeros(*heads, 1, width))
+
+    def forward(self, x: Tensor, at: slice | int) -> Tensor:
+        """Normalise the last axis of (N, L, H, C, width), or (N, H, C, width) of layer ``at``."""
+        return F.layer_norm(x, x.shape[-1:]) * self.scale[at] + self.shift[at]
+
+
+class KVPScorer(nn.Module):
+    """Key and value -> linear -> layer norm each, with norms and places -> two hidden layers -> 1 score.
+
+    Parameters
+    ----------
+    layers, heads, head_dim : int
+        L, H, D.
+    embedding : int
+        Width of the projections of key and value; the paper's code has 256.
+    hidden : int
+        Units of the two hidden layers; the paper's code has 256.
+    inv_freq : sequence of float
+        Angular frequencies of the LLM's rotary embedding.
+    generator : torch.Generator, optional
+        Of the initial weights.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    inv_freq: Tensor
+
+    def __init__(
+        self,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        embedding: int,
+        hidden: int,
+        inv_freq: Sequence[float],
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = (layers, heads, head_dim, embedding, hidden)
+        each = (layers, heads)
+
+        def linear(inputs: int, outputs: int) -> HeadLinear:
+            return HeadLinear(each, inputs, outputs, generator)
+
+        self.key, self.key_norm = linear(head_dim, embedding), HeadNorm(each, embedding)
+        self.value, self.value_norm = linear(head_dim, embedding), HeadNorm(each, embedding)
+        self.first, self.first_norm = linear(2 * embedding + 2 + PLACES, hidden), HeadNorm(each, hidden)
+        self.second, self.second_norm = linear(hidden, hidden), HeadNorm(each, hidden)
+        self.last = linear(hidden, 1)
+        self.register_buffer("inv_freq", torch.tensor(inv_freq), persistent=False)
+        self.register_buffer("mean", torch.zeros(*each, 1, 2))
+        self.register_buffer("deviation", torch.ones(*each, 1, 2))
+
+    @torch.no_grad()
+    def calibrate(self, keys: Tensor, values: Tensor) -> None:
+        """Set the constants that standardise the norms from pairs (L, H, M, D)."""
+        norms = _log_norms(keys, values)
+        self.mean.copy_(norms.mean(dim=2, keepdim=True))
+        self.deviation.copy_(norms.std(dim=2, keepdim=True).clamp(min=1e-3))
+
+    def forward(
+        self, keys: Tensor, values: Tensor, positions: Tensor, ages: Tensor, layer: int | None = None
+    ) -> Tensor:
+        """Score pairs.
+
+        Parameters
+        ----------
+        keys, values : Tensor (N, L, H, C, D), or (N, H, C, D) of one layer
+            The pairs.
+        positions, ages : Tensor (..., C) int64, broadcastable to (N, L, H, C) or (N, H, C)
+            Absolute positions, and distances to the next token.
+        layer : int, optional
+            The layer, if only one is given.
+
+        Returns
+        -------
+        Tensor (N, L, H, C), or (N, H, C)
+            Higher means keep.
+        """
+        at = slice(None) if layer is None else layer
+        norms = (_log_norms(keys, values) - self.mean[at]) / self.deviation[at]
+        turned = Rotary(self.inv_freq).rotate(keys.float(), -positions)
+        embedded = [
+            self.key_norm(self.key(turned, at), at),
+            self.value_norm(self.value(values.float(), at), at),
+        ]
+        where = places(positions, ages).expand(*keys.shape[:-1], PLACES)
+        x = torch.cat([*embedded, norms, where], dim=-1)
+        x = F.silu(self.first_norm(self.first(x, at), at))
+        x = F.silu(self.second_norm(self.second(x, at), at))
+        return self.last(x, at).squeeze(-1)
+
+
+def _log_norms(keys: Tensor, values: Tensor) -> Tensor:
+    """Return the logarithms (..., C, 2) of the norms of keys and values."""
+    return torch.stack([x.float().norm(dim=-1).clamp(min=1e-6).log() for x in (keys, values)], dim=-1)
+
+
+class KVPPolicy(Policy):
+    """A :class:`KVPScorer` as a policy that saves and loads.
+
+    Parameters
+    ----------
+    scorer : KVPScorer
+        The network.
+    name : str
+        What tables call it.
+    training : dict, optional
+        How it was made; JSON-able, saved with it.
+    """
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, scorer: KVPScorer, name: str = "kvp", training: dict[str, Any] | None = None) -> None:
+        self.scorer, self.name, self.training = scorer, name, training or {}
+
+    @torch.no_grad()
+    def __call__(self, state: LayerState) -> Tensor:
+        """Return the scores (N, H, C) of one layer's pairs.
+
+        Raises
+        ------
+        ValueError
+            If the model isn't of the shape that the scorer was built for.
+        """
+        layers, heads, head_dim = self.scorer.shape[:3]
+        if state.layer >= layers or (heads, head_dim) != (state.keys.shape[1], state.keys.shape[-1]):
+            raise ValueError(
+                f"policy {self.name!r} was trained for {layers} layers x {heads} KV heads of {head_dim} dimensions; "
+                f"layer {state.layer} of this model has {state.keys.shape[1]} heads of {state.keys.shape[-1]}"
+            )
+        ages = state.next_position[:, None, None] - state.positions
+        return self.scorer(state.keys, state.values, state.positions, ages, state.layer)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``policy.json`` and ``policy.safetensors``; the description last, so that it never lies."""
+        target = Path(directory)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.scorer.state_dict().items()}
+        write_atomic(target / WEIGHTS, save(tensors))
+        description = {
+            "type": "kvp",
+            "name": self.name,
+            "shape": list(self.scorer.shape),
+            "inv_freq": self.scorer.inv_freq.tolist(),
+            "training": self.training,
+        }
+        write_atomic(target / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], device: str = "cpu") -> KVPPolicy:
+        """Read a policy that :meth:`save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If a file is malformed, or the weights don't fit the description.
+        FileNotFoundError
+            If one is missing.
+        """
+        source = Path(directory)
+        try:
+            description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
+            layers, heads, head_dim, embedding, hidden = (int(size) for size in description["shape"])
+            inv_freq = [float(frequency) for frequency in description["inv_freq"]]
+            scorer = KVPScorer(layers, heads, head_dim, embedding, hidden, inv_freq)
+            name, training = str(description["name"]), description.get("training")
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{source / DESCRIPTION} is not a kvp policy's description: {error}") from error
+        weights = source / WEIGHTS
+        try:
+            scorer.load_state_dict(load(weights.read_bytes()))
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # safetensors and torch raise their own kinds for what isn't theirs
+            raise ValueError(f"{weights} doesn't hold this scorer's weights: {error}") from error
+        return cls(scorer.to(device).eval(), name, training)
+
+
+def load_policy(directory: str | os.PathLike[str], device: str = "cpu") -> KVPPolicy:
+    """Return the policy saved in a directory; what :func:`agents.make` calls."""
+    return KVPPolicy.load(directory, device)
