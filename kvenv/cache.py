@@ -47,7 +47,7 @@ class EvictingCache(HandedCache):
     budget : int or Tensor (N,) int64
         Pairs kept after an eviction.
     needs : collection of str
-        Optional parts of :class:`~kvenv.state.LayerState` to keep up to date.
+        Optional parts of :class:`~kvenv.state.LayerState` to keep up to date, besides those that ``policy`` needs.
     protection : Protection
         Pairs that are never evicted.
     policy : callable, optional
@@ -62,7 +62,7 @@ class EvictingCache(HandedCache):
     Raises
     ------
     ValueError
-        If ``needs`` names something unknown.
+        If ``needs`` names something unknown, or the budget doesn't hold what is protected from the policy.
     """
 
     def __init__(
@@ -81,11 +81,18 @@ class EvictingCache(HandedCache):
         seed: int = 0,
     ) -> None:
         super().__init__(model)
-        unknown = set(needs) - set(NEEDS)
+        self.needs: frozenset[str] = frozenset(needs) | getattr(policy, "needs", frozenset())
+        unknown = self.needs - set(NEEDS)
         if unknown:
             raise ValueError(f"needs names unknown {sorted(unknown)}: known are {', '.join(NEEDS)}")
-        self.capacity, self.interval, self.needs = capacity, interval, frozenset(needs)
+        self.capacity, self.interval = capacity, interval
         self.protection = protection or Protection()
+        protected = self.protection.size(0)
+        if policy is not None and isinstance(budget, int) and budget < protected:
+            raise ValueError(
+                f"budget {budget} is less than the {protected} protected pairs (sinks {self.protection.sinks}, recent "
+                f"{self.protection.recent}): raise the budget or protect less"
+            )
         self.policy = policy
         self.first_decision, self.last_decision = first_decision, last_decision
         device = model.device

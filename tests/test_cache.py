@@ -241,11 +241,16 @@ def test_misuse_is_refused() -> None:
     model = kvenv_model()
     with pytest.raises(ValueError, match=r"unknown \['colour'\].*noise"):
         EvictingCache(model, rows=1, capacity=8, interval=4, budget=4, needs={"colour"})
+    with pytest.raises(ValueError, match=r"budget 12 is less than the 20 protected pairs \(sinks 4, recent 16\)"):
+        EvictingCache(model, rows=1, capacity=13, interval=1, budget=12, policy=Random())
     ids, mask = left_padded([12])
     small = EvictingCache(model, rows=1, capacity=16, interval=4, budget=12)
     with pytest.raises(ValueError, match="capacity 16 is full after 16 tokens"):
         model.generate(ids, attention_mask=mask, past_key_values=small, min_new_tokens=9, max_new_tokens=9)
-    wide = EvictingCache(model, rows=1, capacity=16, interval=4, budget=12, policy=Random(), needs={"noise"})
+    wide = EvictingCache(
+        model, rows=1, capacity=16, interval=4, budget=12, policy=Random(), protection=Protection(1, 2)
+    )
+    assert wide.needs == {"noise"}
     with pytest.raises(ValueError, match="interval=1, not 4"):
         model.generate(ids, attention_mask=mask, past_key_values=wide, max_new_tokens=4)
     beams = EvictingCache(model, rows=2, capacity=40, interval=4, budget=36)
