@@ -48,7 +48,7 @@ class PPOConfig:
     epochs: int = 4
     """Passes over an update's decisions."""
     minibatches: int = 8
-    """Gradient steps of a pass."""
+    """Gradient steps of a pass, or fewer: they share its decisions evenly."""
     learning_rate: float = 1e-3
     """Adam's step size."""
     discount: float = 0.95
@@ -117,6 +117,7 @@ class PPOLearner(Learner):
         shortest = min(config.budgets, default=limits.budget) + limits.interval
         decisions = -(-(limits.trace_length - 1 - shortest) // limits.interval) if limits.periodic else 1
         self.rows = HeadVecEnv(HeadView(env))
+        total = decisions * self.rows.num_envs
         # Returns of hundreds of nats would drown the actor's gradient in the critic's: both are clipped as one.
         self.venv = VecNormalize(VecMonitor(self.rows), norm_obs=False, gamma=config.discount)
         with self._seeded():
@@ -125,7 +126,7 @@ class PPOLearner(Learner):
                 self.venv,
                 learning_rate=config.learning_rate,
                 n_steps=decisions,
-                batch_size=-(-decisions * self.rows.num_envs // config.minibatches),
+                batch_size=total // next(m for m in range(config.minibatches, 0, -1) if total % m == 0),
                 n_epochs=config.epochs,
                 gamma=config.discount,
                 gae_lambda=config.gae_lambda,

@@ -149,8 +149,10 @@ class HeadVecEnv(VecEnv):
         return [False] * self._count(indices)
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """Return one picture per trace."""
-        return list(self.env.render() or ())
+        """Return one picture (height, width, 3) per trace, padded to one size: SB3 tiles them."""
+        frames = self.env.render() or ()
+        height, width = (max((frame.shape[axis] for frame in frames), default=0) for axis in (0, 1))
+        return [np.pad(x, ((0, height - x.shape[0]), (0, width - x.shape[1]), (0, 0))) for x in frames]
 
     def close(self) -> None:
         """Close the environment."""

@@ -157,12 +157,24 @@ class GRPO(LearnerArgs):
 
 
 @dataclass(frozen=True)
+class PaidArgs(EnvironmentArgs):
+    """Where an agent trains by the environment's own rewards, and its observations are kept."""
+
+    features: str = "stats"
+    """What the policy sees: stats, kv, foresight or a registered name. An update keeps every observation: kv and
+    foresight are large."""
+    reward: str = "lm_loss_increase"
+    """What a window is paid: lm_loss_increase, which has the least noise, lm_loss, foresight, answer_loss or a
+    registered name."""
+
+
+@dataclass(frozen=True)
 class PPO(LearnerArgs):
     """Stable-Baselines3's PPO, unmodified, with one decision of a (layer, KV head) per row."""
 
     name = "ppo"
 
-    env: tyro.conf.OmitArgPrefixes[EnvironmentArgs] = field(default_factory=EnvironmentArgs)
+    env: tyro.conf.OmitArgPrefixes[PaidArgs] = field(default_factory=PaidArgs)
     learner: tyro.conf.OmitArgPrefixes[ppo.PPOConfig] = field(default_factory=ppo.PPOConfig)
     run: tyro.conf.OmitArgPrefixes[RunArgs] = field(default_factory=RunArgs)
 
