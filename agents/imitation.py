@@ -133,6 +133,46 @@ def likelihood(scores: Tensor, utility: Tensor, mask: Tensor, positions: Tensor)
     return -logs.sum() / picks.sum().clamp(min=1)
 
 
+class Student:
+    """A scorer that learns golden's order from decisions it is shown.
+
+    Parameters
+    ----------
+    shape : tuple (L, H, F)
+        Layers, KV heads, features.
+    config : ImitationConfig
+        Hyper-parameters.
+    device : torch.device
+        Where it learns.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], config: ImitationConfig, device: torch.device) -> None:
+        self.config, self.done = config, 0
+        generator = torch.Generator().manual_seed(config.seed)
+        self.scorer = Scorer(*shape, config.hidden, generator).to(device)
+        self.optimizer = torch.optim.Adam(self.scorer.parameters(), lr=config.learning_rate)
+
+    def learn(self, scores: Tensor, utility: Tensor, mask: Tensor, positions: Tensor) -> dict[str, float]:
+        """Take a gradient step on its scores of some decisions, all (N, L, H, C), and return the metrics."""
+        loss = LOSSES[self.config.loss](scores, utility, mask, positions, self.config.margin)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), self.config.grad_clip)
+        rate = self.config.learning_rate * self._rate(self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.done += 1
+        return {"loss/ranking": float(loss.detach()), "loss/grad_norm": float(norm), "loss/learning_rate": rate}
+
+    def _rate(self, update: int) -> float:
+        """Factor on the learning rate: linear warm-up, then a cosine down to a tenth."""
+        warmup, updates = self.config.warmup, self.config.updates
+        if update < warmup:
+            return (update + 1) / warmup
+        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (update - warmup) / max(1, updates - warmup)))
+
+
 class ImitationLearner(Learner):
     """Trains a scorer to rank cached pairs as Golden Eviction does.
 
@@ -158,13 +198,16 @@ class ImitationLearner(Learner):
         self.env, self.config = env, config or ImitationConfig()
         self._check()
         layers, heads, _, width = env.feature_shape
-        generator = torch.Generator().manual_seed(self.config.seed)
-        self.scorer = Scorer(layers, heads, width, self.config.hidden, generator)
-        self.scorer.to(env.dynamics.model.device)
-        self.optimizer = torch.optim.Adam(self.scorer.parameters(), lr=self.config.learning_rate)
-        self.done = self.episode = self._began = 0
+        self.student = Student((layers, heads, width), self.config, env.dynamics.model.device)
+        self.scorer, self.optimizer = self.student.scorer, self.student.optimizer
+        self.episode = self._began = 0
         self._actions: list[Tensor] = []
         self._running = torch.zeros(env.num_envs, dtype=torch.bool)
+
+    @property
+    def done(self) -> int:  # type: ignore[override]
+        """Updates made so far."""
+        return self.student.done
 
     @property
     def policy(self) -> ScorerPolicy:
@@ -185,20 +228,10 @@ class ImitationLearner(Learner):
         priorities = torch.where(self._led[:, None, None, None], scores.detach().to(utility.dtype), utility)
         action = action_from_order(eviction_order(priorities, positions, mask), mask)
         acted = time.perf_counter()
-        loss = self._loss(scores, utility, mask & self._running.to(mask.device)[:, None, None, None], positions)
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), self.config.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * self._rate(self.done)
-        self.optimizer.step()
-        self.done += 1
+        metrics = self._learn(scores, utility, mask & self._running.to(mask.device)[:, None, None, None])
         learnt = time.perf_counter()
         self._step(action)
-        metrics = {
-            "loss/ranking": float(loss.detach()),
-            "loss/grad_norm": float(norm),
-            "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
+        metrics |= {
             "time/policy": acted - reset,
             "time/learn": learnt - acted,
             "time/env": time.perf_counter() - learnt + reset - began,
@@ -227,7 +260,7 @@ class ImitationLearner(Learner):
         weights = {key.removeprefix(prefix): x for key, x in state.tensors.items() if key.startswith(prefix)}
         try:
             self.scorer.load_state_dict(weights)
-            self.done, self._began = int(state.values["done"]), int(state.values["began"])
+            self.student.done, self._began = int(state.values["done"]), int(state.values["began"])
             episode = int(state.values["episode"])
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the state doesn't fit this scorer: {error}") from error
@@ -307,8 +340,7 @@ class ImitationLearner(Learner):
                 seen.append((self._observation["features"], self._observation["positions"] >= 0))
             mask, positions = self._mask(), self._observation["positions"]
             self._step(action_from_order(eviction_order(self._utility(), positions, mask), mask))
-        features, filled = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        self.scorer.calibrate(features, filled, self.config.inputs)
+        self._take_in(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
 
     def _mask(self) -> Tensor:
         """Return the candidates (N, L, H, C)."""
@@ -321,16 +353,13 @@ class ImitationLearner(Learner):
         layers = range(positions.shape[1])
         return torch.stack([self._future.at(layer, positions[:, layer], at) for layer in layers], dim=1)
 
-    def _loss(self, scores: Tensor, utility: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Return the configured loss."""
-        return LOSSES[self.config.loss](scores, utility, mask, positions, self.config.margin)
+    def _take_in(self, features: Tensor, filled: Tensor) -> None:
+        """Set the input constants from features (N, L, H, C, F) of some decisions."""
+        self.scorer.calibrate(features, filled, self.config.inputs)
 
-    def _rate(self, update: int) -> float:
-        """Factor on the learning rate: linear warm-up, then a cosine down to a tenth."""
-        warmup, updates = self.config.warmup, self.config.updates
-        if update < warmup:
-            return (update + 1) / warmup
-        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (update - warmup) / max(1, updates - warmup)))
+    def _learn(self, scores: Tensor, utility: Tensor, mask: Tensor) -> dict[str, float]:
+        """Learn from the current decision."""
+        return self.student.learn(scores, utility, mask, self._observation["positions"])
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {

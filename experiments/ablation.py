@@ -8,7 +8,6 @@ measured stays, and a second call goes on.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -22,7 +21,8 @@ from torch import Tensor
 
 import agents
 import kvenv
-from agents.imitation import ImitationConfig, ImitationLearner
+from agents.imitation import ImitationConfig, ImitationLearner, Student
+from agents.scorer import ScorerPolicy
 from experiments.cli import run
 from experiments.learners import EnvironmentArgs
 from experiments.progress import track
@@ -35,6 +35,8 @@ from kvenv.models import load_model
 from kvenv.state import LayerState
 from kvenv.traces import load_traces
 
+ALL = "foresight+position"
+"""The feature set that holds all others."""
 FAMILIES = ("recall", "tracking", "dialogue", "reasoning")
 RIVALS = ("golden", "keydiff", "lagkv", "expected-attention", "random")
 """Measured beside the variants; the three heuristics are the best on validation traces."""
@@ -52,7 +54,7 @@ def foresight_position(state: LayerState) -> Tensor:
 
 kvenv.register_features("pairs", pairs, lambda head_dim, groups: 2 * head_dim)
 kvenv.register_features(
-    "foresight+position",
+    ALL,
     foresight_position,
     lambda head_dim, groups: 2 * head_dim + 8 * groups + 1,
     frozenset({"stats"}),
@@ -79,14 +81,22 @@ class Variant:
         """What the table calls it."""
         return ", ".join([self.features, *(f"{name} {value}" for name, value in self.changes.items())])
 
+    @property
+    def led_by_golden(self) -> bool:
+        """Whether golden leads all of its episodes."""
+        return "dagger" not in self.changes
+
+    def config(self, args: Args, seed: int) -> ImitationConfig:
+        """Return its hyper-parameters."""
+        return replace(ImitationConfig(updates=args.updates, seed=seed), **self.changes)
+
 
 VARIANTS = [
-    *(Variant(features, {}) for features in ("pairs", "kv", "foresight", "foresight+position")),
+    *(Variant(features, {}) for features in ("pairs", "kv", "foresight", ALL)),
     *(Variant(features, {"inputs": how}) for features in ("kv", "foresight") for how in ("standardised", "raw")),
     *(Variant("foresight", {"loss": loss}) for loss in ("pairwise", "regression", "listwise", "likelihood")),
     *(Variant("foresight", {"dagger": share}) for share in (0.5, 1.0)),
-    *(Variant("kv", {"loss": loss}) for loss in ("pairwise", "regression", "listwise", "likelihood")),
-    Variant("foresight+position", {"loss": "listwise"}),
+    *(Variant("kv", {"loss": loss}) for loss in ("regression", "listwise")),
     Variant("foresight", {"loss": "listwise", "dagger": 0.5}),
 ]
 
@@ -109,15 +119,75 @@ class Args:
     """Directory for imitation.json and imitation.md."""
 
 
-def train(variant: Variant, args: Args, seed: int) -> tuple[Policy, float]:
-    """Return a variant's policy and the seconds that its training took."""
-    environment = EnvironmentArgs(features=variant.features, budget=args.budget)
-    config = replace(ImitationConfig(updates=args.updates, seed=seed), **variant.changes)
-    learner = ImitationLearner(environment.make(), config)
-    began = time.perf_counter()
-    for _ in range(args.updates):
+class Classroom(ImitationLearner):
+    """Imitation whose episodes other students learn from, too.
+
+    Golden leads all episodes, and they follow from the seed: each student becomes what it would have become alone.
+
+    Parameters
+    ----------
+    variants : sequence of Variant
+        The students.
+    args : Args
+        Budget and updates.
+    seed : int
+        Of weights and episodes.
+    """
+
+    def __init__(self, variants: Sequence[Variant], args: Args, seed: int) -> None:
+        env = EnvironmentArgs(features=ALL, budget=args.budget).make()
+        super().__init__(env, ImitationConfig(updates=args.updates, seed=seed))
+        layers, heads, _, width = env.feature_shape
+        self.variants, columns = variants, range(width)
+        pairs = 2 * env.dynamics.cache.head_dim
+        self.columns = {
+            "pairs": [*columns[:pairs]],
+            "kv": [*columns[:pairs], width - 1],
+            "foresight": [*columns[:-1]],
+            ALL: [*columns],
+        }
+        self.students = [
+            Student(
+                (layers, heads, len(self.columns[variant.features])),
+                variant.config(args, seed),
+                env.dynamics.model.device,
+            )
+            for variant in variants
+        ]
+
+    def policies(self) -> list[Policy]:
+        """Return what the students became."""
+        return [
+            ScorerPolicy(student.scorer, variant.features, variant.name)
+            for student, variant in zip(self.students, self.variants, strict=True)
+        ]
+
+    def _take_in(self, features: Tensor, filled: Tensor) -> None:
+        super()._take_in(features, filled)
+        for variant, student in zip(self.variants, self.students, strict=True):
+            student.scorer.calibrate(features[..., self.columns[variant.features]], filled, student.config.inputs)
+
+    def _learn(self, scores: Tensor, utility: Tensor, mask: Tensor) -> dict[str, float]:
+        for variant, student in zip(self.variants, self.students, strict=True):
+            seen = self._observation["features"][..., self.columns[variant.features]]
+            student.learn(student.scorer(seen), utility, mask, self._observation["positions"])
+        return super()._learn(scores, utility, mask)
+
+
+def train(variants: Sequence[Variant], args: Args, seed: int) -> list[Policy]:
+    """Return the policies of variants: those that golden leads learn together, the others one by one."""
+    if variants[0].led_by_golden:
+        classroom = Classroom(variants, args, seed)
+        for _ in track(range(args.updates), f"{len(variants)} variants at once"):
+            classroom.update()
+        return classroom.policies()
+    (variant,) = variants
+    learner = ImitationLearner(
+        EnvironmentArgs(features=variant.features, budget=args.budget).make(), variant.config(args, seed)
+    )
+    for _ in track(range(args.updates), variant.name):
         learner.update()
-    return learner.policy, time.perf_counter() - began
+    return [learner.policy]
 
 
 def measure(policy: Policy, args: Args) -> dict[str, dict[str, float]]:
@@ -143,14 +213,21 @@ def compare(args: Args) -> dict[str, Any]:
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"terms": terms, "rows": {}}
     if there["terms"] != terms:
         raise ValueError(f"{path} was measured with {there['terms']}, not {terms}: choose another --out")
-    todo: list[tuple[str, Variant | None, int]] = [(name, None, 0) for name in RIVALS]
-    todo += [(f"{variant.name} (seed {seed})", variant, seed) for seed in args.seeds for variant in VARIANTS]
-    for name, variant, seed in track([x for x in todo if x[0] not in there["rows"]], "variants"):
-        policy, seconds = train(variant, args, seed) if variant else (agents.make(name), 0.0)
-        there["rows"][name] = {"seconds": round(seconds, 1), "families": measure(policy, args)}
-        there |= {"commit": commit(), "date": datetime.now(timezone.utc).date().isoformat()}
-        write_atomic(path, json.dumps(there, indent=1) + "\n")
-        write_atomic(path.with_suffix(".md"), table(there))
+
+    def add(policies: dict[str, Policy]) -> None:
+        for name, policy in track(policies.items(), "measuring", total=len(policies)):
+            there["rows"][name] = measure(policy, args)
+            there.update(commit=commit(), date=datetime.now(timezone.utc).date().isoformat())
+            write_atomic(path, json.dumps(there, indent=1) + "\n")
+            write_atomic(path.with_suffix(".md"), table(there))
+
+    add({name: agents.make(name) for name in RIVALS if name not in there["rows"]})
+    for seed in args.seeds:
+        todo = {f"{x.name} (seed {seed})": x for x in VARIANTS if f"{x.name} (seed {seed})" not in there["rows"]}
+        together = {name: variant for name, variant in todo.items() if variant.led_by_golden}
+        alone = [{name: variant} for name, variant in todo.items() if not variant.led_by_golden]
+        for group in [together] * bool(together) + alone:
+            add(dict(zip(group, train(list(group.values()), args, seed), strict=True)))
     return there
 
 
@@ -158,7 +235,7 @@ def table(found: dict[str, Any]) -> str:
     """Return the numbers as Markdown: answer loss by family, means over families, best first."""
 
     def mean(row: dict[str, Any], metric: str) -> float:
-        return float(np.mean([row["families"][family][metric] for family in FAMILIES]))
+        return float(np.mean([row[family][metric] for family in FAMILIES]))
 
     terms = found["terms"]
     lines = [
@@ -166,13 +243,13 @@ def table(found: dict[str, Any]) -> str:
         f"{terms['budget']} of 512 tokens, after {terms['updates']} updates. {found['date']}, commit "
         f"{found['commit']}; made by `python -m experiments.ablation imitation`.",
         "",
-        f"| features, changes to the defaults | {' | '.join(FAMILIES)} | mean | accuracy | as golden | training |",
-        f"| --- |{' --- |' * (len(FAMILIES) + 4)}",
+        f"| features, changes to the defaults | {' | '.join(FAMILIES)} | mean | accuracy | as golden |",
+        f"| --- |{' --- |' * (len(FAMILIES) + 3)}",
     ]
     for name, row in sorted(found["rows"].items(), key=lambda item: mean(item[1], "answer_loss")):
-        losses = [f"{row['families'][family]['answer_loss']:.3f}" for family in FAMILIES]
+        losses = [f"{row[family]['answer_loss']:.3f}" for family in FAMILIES]
         means = [f"{mean(row, metric):.3f}" for metric in ("answer_loss", "answer_accuracy", "agreement_with_golden")]
-        lines.append(f"| {' | '.join([name, *losses, *means])} | {row['seconds']:.0f} s |")
+        lines.append(f"| {' | '.join([name, *losses, *means])} |")
     return "\n".join(lines) + "\n"
 
 

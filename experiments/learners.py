@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Literal
 
 import tyro
 
-from agents import grpo, imitation, ppo
+from agents import grpo, imitation, kvp, ppo
 from agents.learner import Learner
 from experiments.validation import Validation
 from kvenv.models import load_model
 from kvenv.state import Protection
+from kvenv.store import TraceStore
 from kvenv.traces import load_traces
 from kvenv.vector_env import KVEvictVectorEnv
 
@@ -157,6 +158,28 @@ class GRPO(LearnerArgs):
 
 
 @dataclass(frozen=True)
+class KVP(LearnerArgs):
+    """Learn offline, from recorded traces and without the LLM, to rank pairs by future attention (KVP)."""
+
+    name = "kvp"
+
+    env: tyro.conf.OmitArgPrefixes[DecodingArgs] = field(default_factory=DecodingArgs)
+    learner: tyro.conf.OmitArgPrefixes[kvp.KVPConfig] = field(default_factory=kvp.KVPConfig)
+    run: tyro.conf.OmitArgPrefixes[RunArgs] = field(default_factory=lambda: RunArgs(eval_budgets=(64,)))
+    store: Path = Path("runs/store")
+    """Trace store to learn from, made by `kvenv record`; what is decoded how is for the evaluation."""
+
+    def build(self) -> Learner:
+        """Return the learner at its start."""
+        loaded = load_model(self.env.model, dtype=self.env.dtype, device=self.env.device)
+        return kvp.KVPLearner(TraceStore(self.store, loaded.model), self.learner, self.env.device)
+
+    def budgets(self) -> tuple[int, ...]:
+        """Refuse: a ranking is good for all budgets, so that those of the evaluation must be given."""
+        raise ValueError("--eval-budgets is empty: kvp is trained for all budgets, say at which it is to be evaluated")
+
+
+@dataclass(frozen=True)
 class PaidArgs(EnvironmentArgs):
     """Where an agent trains by the environment's own rewards, and its observations are kept."""
 
@@ -183,12 +206,13 @@ class PPO(LearnerArgs):
         return ppo.PPOLearner(self.env.make(output="numpy", autoreset_mode="SameStep"), self.learner)
 
 
-LEARNERS: dict[str, type[LearnerArgs]] = {kind.name: kind for kind in (Imitation, GRPO, PPO)}
+LEARNERS: dict[str, type[LearnerArgs]] = {kind.name: kind for kind in (Imitation, KVP, GRPO, PPO)}
 """What can be trained."""
 
 PRESETS: dict[tuple[str, str], LearnerArgs] = {
     ("imitation", "foresightkv"): Imitation(EnvironmentArgs(num_envs=4), imitation.PRESETS["foresightkv"]),
     ("grpo", "foresightkv"): GRPO(learner=grpo.PRESETS["foresightkv"]),
+    ("kvp", "kvp"): KVP(learner=kvp.PRESETS["kvp"]),
 }
 """Published hyper-parameters by learner and name; budgets and intervals are ours, at the papers' scale nothing fits."""
 

@@ -156,6 +156,7 @@ def test_a_signal_saves_and_exits(
 OTHERS = {
     "grpo": ["--num-traces", "2", "--group", "2", "--budgets", "32", "--kl-updates", "2"],
     "ppo": ["--num-envs", "2", "--budget", "32", "--epochs", "1"],
+    "kvp": ["--batch-size", "2", "--samples", "2", "--embedding", "4"],
 }
 """Arguments of small runs of the other learners."""
 
