@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import agents
-from experiments.comparison import METRICS, Cell, Comparison, Estimate
+from experiments.comparison import METRICS, Cell, Comparison, Estimate, beats
 from experiments.progress import track
 from kvenv.evaluation import FULL, Row, evaluate
 from kvenv.files import write_atomic
@@ -193,7 +193,8 @@ def make_table(comparison: Comparison, cells: Sequence[Cell], family: str) -> Ta
     table = Table(
         title=f"{family}: {total} traces, scored above position {comparison.score_from[family]}",
         caption="Mean [95 % interval] over traces × seeds; acc.: answer accuracy; low-H rise: loss increase on "
-        "low-entropy tokens; as golden: evictions shared; kept: share of pairs. · saturated: golden is within 0.05 nat."
+        "low-entropy tokens; as golden: evictions shared; kept: share of pairs. · saturated: golden is within 0.05 "
+        "nat. > beats random, < is beaten by it: the paired 95 % interval excludes 0."
         + (f" {empty} traces have no scored answer." if empty else ""),
         box=box.SIMPLE,
         padding=0,
@@ -210,7 +211,9 @@ def make_table(comparison: Comparison, cells: Sequence[Cell], family: str) -> Ta
         estimates = cell.estimates
         frame = cell.policy in ("golden", "golden-expected", "random", FULL)
         table.add_row(
-            cell.policy + " ·" * (cell.saturated and cell.policy not in ("golden", FULL)),
+            cell.policy
+            + " ·" * (cell.saturated and cell.policy not in ("golden", FULL))
+            + _against_random(comparison, cell),
             _with_interval(estimates.get("answer_loss")),
             "" if cell.policy == "golden" else _with_interval(cell.to_golden, "+"),
             *(
@@ -221,6 +224,16 @@ def make_table(comparison: Comparison, cells: Sequence[Cell], family: str) -> Ta
             style="bold" if frame else None,
         )
     return table
+
+
+def _against_random(comparison: Comparison, cell: Cell) -> str:
+    """Return the mark of a policy that beats random in its cell, or is beaten by it."""
+    if cell.policy in ("random", FULL) or "random" not in comparison.policies or "answer_loss" not in cell.estimates:
+        return ""
+    pair = (cell.policy, "random")
+    if beats(comparison.difference(cell.family, *pair, cell.budget)):
+        return " >"
+    return " <" if beats(comparison.difference(cell.family, *reversed(pair), cell.budget)) else ""
 
 
 def _with_interval(estimate: Estimate | None, sign: str = "") -> str:
@@ -234,7 +247,11 @@ def write_scalars(cells: Sequence[Cell], directory: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     for family, policy in dict.fromkeys((cell.family, cell.policy) for cell in cells):
-        with SummaryWriter(str(directory / _file_name(family) / _file_name(policy))) as writer:
+        run = directory / _file_name(family) / _file_name(policy)
+        # results.json is written anew; an old event file beside the new one would make its curves zigzag.
+        for old in run.glob("events.out.tfevents.*"):
+            old.unlink()
+        with SummaryWriter(str(run)) as writer:
             for cell in cells:
                 if (cell.family, cell.policy) == (family, policy):
                     for metric in SCALARS:

@@ -12,13 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 
-PLAIN_SECONDS = 10.0
+FIRST_SECONDS, PLAIN_SECONDS = 2.0, 10.0
+"""When the first plain line is due, and the time between two."""
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield the items of ``iterable`` and report on stderr how far it is and how long the rest will take.
 
-    On a terminal that is a bar; elsewhere (a log, CI) a plain line about every ten seconds and no bar.
+    On a terminal that is a bar; elsewhere (a log, CI) a plain line after two seconds, then every ten, and no bar.
 
     Parameters
     ----------
@@ -41,12 +42,14 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
 
 
 def _track_plainly(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
-    """Yield the items; print ``description: done/total, time left`` ten seconds after the last line."""
-    start = last = time.monotonic()
+    """Yield the items; print ``description: done/total, time left`` after two seconds, then every ten."""
+    start = time.monotonic()
+    due = start + FIRST_SECONDS
     for done, item in enumerate(iterable):
         now = time.monotonic()
-        if now - last >= PLAIN_SECONDS:
-            last = now
-            left = f"/{total}, about {(now - start) / done * (total - done):.0f} s left" if total and done else ""
-            print(f"{description}: {done}{left}", file=sys.stderr, flush=True)
+        if now >= due:
+            due = now + PLAIN_SECONDS
+            of = f"/{total}" if total else ""
+            left = f", about {(now - start) / done * (total - done):.0f} s left" if total and done else ""
+            print(f"{description}: {done}{of}{left}", file=sys.stderr, flush=True)
         yield item
