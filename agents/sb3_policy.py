@@ -181,7 +181,7 @@ class KVRankingPolicy(ActorCriticPolicy):
         training : dict, optional
             How it was made; JSON-able.
         """
-        return ScorerPolicy(copy.deepcopy(self.scorer).cpu(), features, name, training)
+        return ScorerPolicy(copy.deepcopy(self.scorer), features, name, training)
 
     def _heads(self, obs: Rows) -> tuple[Tensor, Tensor]:
         """Return layer and head of every row (B,)."""

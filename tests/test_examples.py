@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -14,7 +17,7 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_reinforce_in_one_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_reinforce_in_one_file(tmp_path: Path) -> None:
     returns = reinforce.main(reinforce.Args(**SMALL, log=str(tmp_path)))
     assert len(returns) == 2
     assert np.isfinite(returns).all()
@@ -22,10 +25,13 @@ def test_reinforce_in_one_file(tmp_path) -> None:  # type: ignore[no-untyped-def
     assert list(tmp_path.glob("events.out.tfevents*"))
 
 
-def test_torchrls_ppo() -> None:
+def test_torchrls_ppo(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchrl", reason="TorchRL isn't installed: pip install 'kvenv[torchrl]'")
     from tests.examples import torchrl_ppo
 
-    rewards = torchrl_ppo.main(torchrl_ppo.Args(**SMALL, steps=7))
+    rewards = torchrl_ppo.main(torchrl_ppo.Args(**SMALL, steps=7, epochs=1))
     assert len(rewards) == 2
     assert np.isfinite(rewards).all()
+    # Before the first gradient step the actions are as likely as when they were taken.
+    kl = [float(number) for number in re.findall(r"KL (\S+)", capsys.readouterr().out)]
+    assert kl == pytest.approx([0.0, 0.0], abs=1e-4)
