@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PretrainedConfig
+from transformers.utils import logging
 
 from kvenv.attention import use_kvenv_attention
 from kvenv.registry import MODELS
@@ -139,11 +142,24 @@ def _load(name: str, dtype: str, device: str, revision: str | None, trust_remote
     tokenizer = _read(AutoTokenizer, name, source, **options)
     # Safetensors only: other weights are pickles.
     options |= {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
-    model, report = _read(AutoModelForCausalLM, name, source, **options)
+    with _no_progress_bar() if name == "tiny" else nullcontext():
+        model, report = _read(AutoModelForCausalLM, name, source, **options)
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         raise ValueError(f"model {name!r} can't be loaded: its weights lack {len(missing)} tensors, e.g. {missing[0]}")
     return _prepare(name, model.to(device), tokenizer)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Silence transformers' bar: for a model that loads at once it only stands between the lines of a program."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _read(kind: Any, name: str, source: str, **options: Any) -> Any:
