@@ -32,7 +32,7 @@ class KVPConfig:
 
     updates: int = 1000
     """Gradient steps."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Recorded traces in an update, each with a cut of its own."""
     samples: int = 8
     """K, rankings drawn of each."""
@@ -40,7 +40,7 @@ class KVPConfig:
     """What a ranking is compared with: the others of its trace, or all others of the batch (the authors' code)."""
     credit: Literal["ranking", "budget"] = "budget"
     """What a pick is paid for: its whole ranking (the paper), or only the budgets that it still decides."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """AdamW's step size after the warm-up; falls to a fiftieth by a cosine."""
     warmup: int = 50
     """Updates of linear warm-up, from a hundredth."""
@@ -71,7 +71,8 @@ PRESETS = {
         hidden=256,
     ),
 }
-"""Published hyper-parameters, from the authors' code."""
+"""Published hyper-parameters, from the authors' code, which learns from utilities that are sums (`kvenv record --utility
+sum`)."""
 
 
 @dataclass(frozen=True)

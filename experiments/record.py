@@ -12,6 +12,7 @@ import tyro
 
 from experiments.cli import run
 from experiments.progress import track
+from kvenv.golden import Reduce
 from kvenv.models import load_model
 from kvenv.store import Recording, StoreWriter, record
 from kvenv.traces import load_traces
@@ -35,6 +36,9 @@ class Args:
     """Tokens of a trace."""
     interval: int = 16
     """Tokens between two cuts at which utilities are recorded."""
+    utility: Reduce = "max"
+    """What a pair is worth: the largest mean attention of a future window (max, ForesightKV), or the sum of all future
+    attention (sum, KVP's paper), which at small budgets loses what is needed once to what is always seen a bit."""
     half: bool = False
     """Store keys and values as float16 instead of in the LLM's dtype."""
     model: str = "tiny"
@@ -67,6 +71,7 @@ def record_store(args: Args) -> None:
         trace_length=args.trace_length,
         first_trace=args.first_trace,
         interval=args.interval,
+        reduce=args.utility,
         dtype="float16" if args.half else None,
     )
     writer = StoreWriter(args.out, recording)
@@ -75,7 +80,7 @@ def record_store(args: Args) -> None:
     starts = range(args.first_trace + writer.recorded, last, args.batch_size)
     for start in track(starts, "recording", total=math.ceil(max(0, missing) / args.batch_size)):
         ids = range(start, min(start + args.batch_size, last))
-        writer.add(record(loaded.model, [source[i] for i in ids], args.interval))
+        writer.add(record(loaded.model, [source[i] for i in ids], args.interval, args.utility))
 
 
 def announce(args: Args, trace_nbytes: int, recorded: int) -> None:

@@ -80,12 +80,15 @@ class KVRankEnv(gymnasium.Env[Observation, np.ndarray]):
 
     ## Rewards
 
-    With I the utility of a pair, the sum over the trace's queries from the cut on of the largest attention within the
-    group of query heads, and r = 1 ... n the rank, most useful first: the mean over heads of
+    With I the utility of a pair and r = 1 ... n the rank, most useful first: the mean over heads of
 
     -Σ r·I_σ(r) / max(Σ r·I_(r), 1e-8)
 
     where I_σ(r) is the utility of the pair that the action ranks r-th and I_(r) the r-th largest. -1 is the oracle.
+
+    The utility is the store's: the attention that the trace's queries from the cut on will pay to the pair, either its
+    largest mean over a window and the group of query heads (ForesightKV's, ``kvenv record``'s default), or its sum over
+    queries of the largest in the group (KVP's, ``--utility sum``).
 
     ``info`` has ``trace`` (index in the store), ``cut`` and ``name`` of the trace, and after the step ``head_reward``
     (L, H), the reward of every head.

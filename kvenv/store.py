@@ -3,9 +3,10 @@
 A store is a directory of safetensors shards and ``index.json``, which lists them. A shard is written whole, then the
 index that names it: what a killed recording leaves is a smaller store. Shards are read memory-mapped.
 
-The utility of pair i at a cut n is KVP's (arXiv 2602.10238): the sum over the trace's queries j >= n of the largest
-attention A(q_j, k_i) in the group of query heads. It is recorded at the cuts n = W, 2W, ... only, which are where
-evictions happen; a cut's utilities concern its n pairs only, so they take T² / 2W numbers per head, not T² / W.
+The utility of a pair at a cut n is one of golden's (:mod:`kvenv.golden`): ForesightKV's largest mean over a window of
+the trace's queries j >= n and the group (``reduce="max"``), or KVP's sum over these queries of the largest attention in
+the group of query heads (``"sum"``). It is recorded at the cuts n = W, 2W, ... only, which are where evictions happen; a
+cut's utilities concern its n pairs only, so they take T² / 2W numbers per head, not T² / W.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import overload
+from typing import get_args, overload
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from transformers import PreTrainedModel
 
 from kvenv.decode import collate, read
 from kvenv.files import write_atomic
-from kvenv.golden import RecordingCache
+from kvenv.golden import RecordingCache, Reduce
 from kvenv.models import LoadedModel, load_model
 from kvenv.rotary import Rotary
 from kvenv.traces import FAMILIES, Trace, load_traces
@@ -99,7 +100,9 @@ def cuts(length: int, interval: int) -> range:
     return range(interval, length - 1, interval)
 
 
-def record(model: PreTrainedModel, traces: Sequence[Trace], interval: int) -> list[RecordedTrace]:
+def record(
+    model: PreTrainedModel, traces: Sequence[Trace], interval: int, reduce: Reduce = "max"
+) -> list[RecordedTrace]:
     """Run traces through the full cache once, side by side.
 
     Parameters
@@ -110,6 +113,9 @@ def record(model: PreTrainedModel, traces: Sequence[Trace], interval: int) -> li
         What to record.
     interval : int
         W, the distance between two cuts.
+    reduce : {"max", "sum"}
+        ForesightKV's utility or KVP's, see :class:`kvenv.golden.RecordingCache`. Keeping what has the largest sum isn't
+        enough at small budgets, even if the future is known: what is needed once is lost to what is always seen a bit.
 
     Raises
     ------
@@ -125,7 +131,7 @@ def record(model: PreTrainedModel, traces: Sequence[Trace], interval: int) -> li
                 f"future needs at least {interval + 2}"
             )
     batch = collate([trace.tokens for trace in traces], interval=interval, device=model.device)
-    cache = RecordingCache(model, interval=interval, reduce="sum", keep_pairs=True)
+    cache = RecordingCache(model, interval=interval, reduce=reduce, keep_pairs=True)
     read(model, cache, batch.tokens, batch.positions, batch.valid)
     future = cache.future(batch.pad).utility.float()
     recorded, rotary = [], Rotary.of(model)
@@ -164,6 +170,8 @@ class Recording:
         Tokens of a trace (the most, where traces differ); id of the first.
     interval : int
         W, the distance between two cuts.
+    reduce : str
+        Which utility: "sum" or "max".
     dtype : str
         Of keys and values.
     """
@@ -180,6 +188,7 @@ class Recording:
     trace_length: int
     first_trace: int
     interval: int
+    reduce: str
     dtype: str
 
     @classmethod
@@ -192,6 +201,7 @@ class Recording:
         trace_length: int,
         first_trace: int = 0,
         interval: int = 16,
+        reduce: Reduce = "max",
         dtype: str | None = None,
     ) -> Recording:
         """Describe a recording of an LLM; pairs are kept in the LLM's dtype if no other is given."""
@@ -210,6 +220,7 @@ class Recording:
             trace_length,
             first_trace,
             interval,
+            reduce,
             dtype or own,
         )
 
@@ -407,8 +418,13 @@ def read_index(directory: Path) -> tuple[Recording, list[Shard]]:
             if type(index[field.name]).__name__ != str(field.type).split("[")[0]:
                 raise ValueError(f"{field.name} {index[field.name]!r} must be of type {field.type}")
         recording = Recording(**{field.name: index[field.name] for field in fields(Recording)})
-        if recording.interval < 1 or recording.dtype not in DTYPES:
-            raise ValueError(f"interval {recording.interval} or dtype {recording.dtype!r} is impossible")
+        for name, possible in (
+            ("interval", recording.interval > 0),
+            ("dtype", recording.dtype in DTYPES),
+            ("reduce", recording.reduce in get_args(Reduce)),
+        ):
+            if not possible:
+                raise ValueError(f"{name} {getattr(recording, name)!r} is impossible")
         shards = [Shard(str(shard["file"]), [str(name) for name in shard["names"]]) for shard in index["shards"]]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the index of a trace store: {error}") from error

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -38,18 +39,23 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+@pytest.mark.parametrize("reduce", ["sum", "max"])
 @pytest.mark.parametrize("interval", [1, 4, 7])
-def test_utilities_are_those_of_materialised_attention(interval: int) -> None:
+def test_utilities_are_those_of_materialised_attention(interval: int, reduce: Literal["sum", "max"]) -> None:
     model, traces = kvenv_model(), random_traces([30, 21])
-    for trace, recorded in zip(traces, record(model, traces, interval), strict=True):
+    for trace, recorded in zip(traces, record(model, traces, interval, reduce), strict=True):
         assert list(recorded.cuts) == [n for n in range(1, len(trace.tokens) - 1) if n % interval == 0]
         run = masked_run(model, trace.tokens)
         for cut in recorded.cuts:
             utility = recorded.utility_at(cut)
             for layer, attention in enumerate(run.attention):
-                grouped = torch.as_tensor(attention).unflatten(0, (2, -1)).amax(dim=1)
-                expected = grouped[:, cut:, :cut].sum(dim=1).float()
-                torch.testing.assert_close(utility[layer], expected, rtol=0, atol=1e-5)
+                by_head = torch.as_tensor(attention).unflatten(0, (2, -1))[:, :, cut:, :cut]
+                if reduce == "sum":
+                    expected = by_head.amax(dim=1).sum(dim=1)
+                else:
+                    windows = by_head.mean(dim=1).split(interval, dim=1)
+                    expected = torch.stack([window.mean(dim=1) for window in windows]).amax(dim=0)
+                torch.testing.assert_close(utility[layer], expected.float(), rtol=0, atol=1e-5)
 
 
 def test_pairs_are_those_of_the_models_own_cache() -> None:
@@ -106,7 +112,7 @@ def test_recording_goes_on_after_the_last_whole_shard(store: Path) -> None:
     assert [len(trace.tokens) for trace in TraceStore(store)] == [*LENGTHS, 25]
 
 
-@pytest.mark.parametrize("change", [{"traces": "others"}, {"interval": 3}, {"fingerprint": "0"}, {"dtype": "float16"}])
+@pytest.mark.parametrize("change", [{"traces": "others"}, {"interval": 3}, {"fingerprint": "0"}, {"reduce": "sum"}])
 def test_another_recording_is_not_continued(store: Path, change: dict[str, object]) -> None:
     name = next(iter(change))
     with pytest.raises(ValueError, match=rf"index\.json was recorded with {name}"):
@@ -170,6 +176,7 @@ DAMAGES = {
     "other format": (edit_index(lambda x: x.update(format="theirs")), "format is 'theirs'"),
     "other field": (edit_index(lambda x: x.update(interval="6")), "interval '6' must be of type int"),
     "impossible": (edit_index(lambda x: x.update(interval=0)), "interval 0"),
+    "other utility": (edit_index(lambda x: x.update(reduce="median")), "median"),
     "other dtype": (edit_index(lambda x: x.update(dtype="int4")), "int4"),
     "shards": (edit_index(lambda x: x.update(shards=[7])), r"index\.json is not the index"),
     "traversal": (
