@@ -71,8 +71,7 @@ PRESETS = {
         hidden=256,
     ),
 }
-"""Published hyper-parameters, from the authors' code, which learns from utilities that are sums (`kvenv record --utility
-sum`)."""
+"""Published hyper-parameters, from the authors' code; its utilities are sums, `kvenv record --utility sum`."""
 
 
 @dataclass(frozen=True)

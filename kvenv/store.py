@@ -5,8 +5,8 @@ index that names it: what a killed recording leaves is a smaller store. Shards a
 
 The utility of a pair at a cut n is one of golden's (:mod:`kvenv.golden`): ForesightKV's largest mean over a window of
 the trace's queries j >= n and the group (``reduce="max"``), or KVP's sum over these queries of the largest attention in
-the group of query heads (``"sum"``). It is recorded at the cuts n = W, 2W, ... only, which are where evictions happen; a
-cut's utilities concern its n pairs only, so they take T² / 2W numbers per head, not T² / W.
+the group of query heads (``"sum"``). It is recorded at the cuts n = W, 2W, ... only, which are where evictions happen;
+a cut's utilities concern its n pairs only, so they take T² / 2W numbers per head, not T² / W.
 """
 
 from __future__ import annotations
