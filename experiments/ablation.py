@@ -93,11 +93,11 @@ class Variant:
 
 VARIANTS = [
     *(Variant(features, {}) for features in ("pairs", "kv", "foresight", ALL)),
-    *(Variant(features, {"inputs": how}) for features in ("kv", "foresight") for how in ("standardised", "raw")),
+    *(Variant(features, {"inputs": "raw"}) for features in ("kv", "foresight")),
+    Variant("foresight", {"inputs": "standardised"}),
     *(Variant("foresight", {"loss": loss}) for loss in ("pairwise", "regression", "listwise", "likelihood")),
+    Variant("kv", {"loss": "listwise"}),
     *(Variant("foresight", {"dagger": share}) for share in (0.5, 1.0)),
-    *(Variant("kv", {"loss": loss}) for loss in ("regression", "listwise")),
-    Variant("foresight", {"loss": "listwise", "dagger": 0.5}),
 ]
 
 
@@ -111,6 +111,8 @@ class Args:
     """Gradient steps of each variant."""
     budget: int = 64
     """Pairs that every (layer, KV head) keeps, in training and measuring."""
+    num_envs: int = 8
+    """Training traces side by side."""
     num_traces: int = 16
     """Validation traces of each family."""
     seeds: tuple[int, ...] = (0,)
@@ -122,7 +124,8 @@ class Args:
 class Classroom(ImitationLearner):
     """Imitation whose episodes other students learn from, too.
 
-    Golden leads all episodes, and they follow from the seed: each student becomes what it would have become alone.
+    Golden leads all episodes, and they follow from the seed: each student becomes what it would have become alone (but
+    for last bits where it needs no attention statistics, with which the LLM's attention is computed in another order).
 
     Parameters
     ----------
@@ -135,7 +138,7 @@ class Classroom(ImitationLearner):
     """
 
     def __init__(self, variants: Sequence[Variant], args: Args, seed: int) -> None:
-        env = EnvironmentArgs(features=ALL, budget=args.budget).make()
+        env = EnvironmentArgs(features=ALL, budget=args.budget, num_envs=args.num_envs).make()
         super().__init__(env, ImitationConfig(updates=args.updates, seed=seed))
         layers, heads, _, width = env.feature_shape
         self.variants, columns = variants, range(width)
@@ -165,11 +168,15 @@ class Classroom(ImitationLearner):
     def _take_in(self, features: Tensor, filled: Tensor) -> None:
         super()._take_in(features, filled)
         for variant, student in zip(self.variants, self.students, strict=True):
-            student.scorer.calibrate(features[..., self.columns[variant.features]], filled, student.config.inputs)
+            student.scorer.calibrate(self._seen(features, variant), filled, student.config.inputs)
+
+    def _seen(self, features: Tensor, variant: Variant) -> Tensor:
+        """Return what a variant's features are of all; contiguous, as memory order changes last bits of products."""
+        return features[..., self.columns[variant.features]].contiguous()
 
     def _learn(self, scores: Tensor, utility: Tensor, mask: Tensor) -> dict[str, float]:
         for variant, student in zip(self.variants, self.students, strict=True):
-            seen = self._observation["features"][..., self.columns[variant.features]]
+            seen = self._seen(self._observation["features"], variant)
             student.learn(student.scorer(seen), utility, mask, self._observation["positions"])
         return super()._learn(scores, utility, mask)
 
@@ -182,41 +189,40 @@ def train(variants: Sequence[Variant], args: Args, seed: int) -> list[Policy]:
             classroom.update()
         return classroom.policies()
     (variant,) = variants
-    learner = ImitationLearner(
-        EnvironmentArgs(features=variant.features, budget=args.budget).make(), variant.config(args, seed)
-    )
+    env = EnvironmentArgs(features=variant.features, budget=args.budget, num_envs=args.num_envs).make()
+    learner = ImitationLearner(env, variant.config(args, seed))
     for _ in track(range(args.updates), variant.name):
         learner.update()
     return [learner.policy]
 
 
-def measure(policy: Policy, args: Args) -> dict[str, dict[str, float]]:
-    """Return a policy's mean answer loss, accuracy and agreement with golden on each family's validation traces."""
-    loaded, found = load_model("tiny"), {}
-    for family in FAMILIES:
+def measure(policies: dict[str, Policy], args: Args) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the policies' mean answer loss, accuracy and agreement with golden on each family's validation traces."""
+    loaded = load_model("tiny")
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in policies}
+    for family in track(FAMILIES, f"measuring {len(policies)}"):
         source = load_traces(family, split="validation", tokenizer=loaded.tokenizer)
-        batches = evaluate(
-            {policy.name: policy}, source, range(args.num_traces), model=loaded.model, budgets=(args.budget,)
-        )
+        batches = evaluate(policies, source, range(args.num_traces), model=loaded.model, budgets=(args.budget,))
         rows = [asdict(row) for batch in batches for row in batch]
-        found[family] = {
-            metric: float(np.mean([row[metric] for row in rows if row[metric] is not None]))
-            for metric in ("answer_loss", "answer_accuracy", "agreement_with_golden")
-        }
+        for name in policies:
+            found[name][family] = {
+                metric: float(np.mean([x[metric] for x in rows if x["policy"] == name and x[metric] is not None]))
+                for metric in ("answer_loss", "answer_accuracy", "agreement_with_golden")
+            }
     return found
 
 
 def compare(args: Args) -> dict[str, Any]:
     """Measure what isn't there yet, writing after each; return all."""
     path = args.out / f"{args.learner}.json"
-    terms = {"updates": args.updates, "budget": args.budget, "num_traces": args.num_traces, "split": "validation"}
+    terms = {name: getattr(args, name) for name in ("updates", "budget", "num_envs", "num_traces")}
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"terms": terms, "rows": {}}
     if there["terms"] != terms:
         raise ValueError(f"{path} was measured with {there['terms']}, not {terms}: choose another --out")
 
     def add(policies: dict[str, Policy]) -> None:
-        for name, policy in track(policies.items(), "measuring", total=len(policies)):
-            there["rows"][name] = measure(policy, args)
+        if policies:
+            there["rows"] |= measure(policies, args)
             there.update(commit=commit(), date=datetime.now(timezone.utc).date().isoformat())
             write_atomic(path, json.dumps(there, indent=1) + "\n")
             write_atomic(path.with_suffix(".md"), table(there))
@@ -239,8 +245,8 @@ def table(found: dict[str, Any]) -> str:
 
     terms = found["terms"]
     lines = [
-        f"Answer loss in nats on {terms['num_traces']} {terms['split']} traces of each family at budget "
-        f"{terms['budget']} of 512 tokens, after {terms['updates']} updates. {found['date']}, commit "
+        f"Answer loss in nats on {terms['num_traces']} validation traces of each family at budget {terms['budget']} of "
+        f"512 tokens, after {terms['updates']} updates of {terms['num_envs']} rows' decisions. {found['date']}, commit "
         f"{found['commit']}; made by `python -m experiments.ablation imitation`.",
         "",
         f"| features, changes to the defaults | {' | '.join(FAMILIES)} | mean | accuracy | as golden |",
