@@ -71,8 +71,7 @@ def train(args: LearnerArgs) -> Path:
         if learner.done == 0 and validation:
             run.log(0, *_validate(validation, learner))
         for _ in track(range(learner.done, args.learner.updates), args.name):
-            _advance(run, learner, validation, args, interruption)
-            if interruption.signal:
+            if _advance(run, learner, validation, args, interruption):
                 print(f"saved after {learner.done} updates: go on with --resume {run.directory}", file=sys.stderr)
                 raise SystemExit(interruption.exit_code)
     return run.directory / POLICY
@@ -80,8 +79,8 @@ def train(args: LearnerArgs) -> Path:
 
 def _advance(
     run: Run, learner: Learner, validation: Validation | None, args: LearnerArgs, interruption: Interruption
-) -> None:
-    """Make one update, and what falls due after it."""
+) -> bool:
+    """Make one update, and what falls due after it; return whether a signal asks to stop, all being saved."""
     began = time.perf_counter()
     metrics, image = learner.update(), None
     run.seconds += time.perf_counter() - began
@@ -90,8 +89,11 @@ def _advance(
         measured, image = _validate(validation, learner)
         metrics |= measured
     run.log(learner.done, metrics, image)
-    if last or learner.done % args.run.save_every == 0 or interruption.signal:
+    # Read once: a signal that comes later is answered after the next update, which is then saved.
+    stop = interruption.signal is not None
+    if last or stop or learner.done % args.run.save_every == 0:
         run.save(learner)
+    return stop
 
 
 def _validate(validation: Validation, learner: Learner) -> tuple[dict[str, float], np.ndarray]:
