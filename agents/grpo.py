@@ -58,18 +58,19 @@ class GRPOConfig:
     """Budgets that updates draw from, one each."""
     reward: str = "foresight"
     """What a window is paid: foresight, lm_loss, lm_loss_increase, answer_loss or a registered name."""
-    credit: Literal["trajectory", "window"] = "trajectory"
+    credit: Literal["trajectory", "window"] = "window"
     """What a decision is credited with: the trajectory's return (the paper), or what is paid from its window on."""
-    temperature: float = 1.0
-    """Of the sampled evictions: logits are -score / temperature."""
+    temperature: float = 0.05
+    """Of the sampled evictions: logits are -score / temperature. It goes with the scale of the scores: 0.05 suits
+    imitation's pairwise losses, 0.5 its likelihood, 1 random weights."""
     clip: float = 0.2
     """How far from 1 the ratio of a pick pays."""
     kl: float = 0.05
     """Weight of the KL divergence from the initial policy, per pick ..."""
     kl_updates: int = 100
     """... in so many first updates; 0 afterwards."""
-    learning_rate: float = 3e-4
-    """Adam's step size after the warm-up."""
+    learning_rate: float = 1e-3
+    """Adam's step size after the warm-up (3e-4 in the paper's code)."""
     warmup: int = 10
     """Updates of linear warm-up."""
     grad_clip: float = 1.0

@@ -32,7 +32,8 @@ GROUP = 3
 
 def learner(source: TraceSource | None = None, **changes: Any) -> GRPOLearner:
     """Return a learner on the small random model."""
-    config = GRPOConfig(**{"num_traces": 2, "group": GROUP, "budgets": (BUDGET,), "hidden": 4, **changes})
+    defaults = {"num_traces": 2, "group": GROUP, "budgets": (BUDGET,), "hidden": 4, "temperature": 1.0}
+    config = GRPOConfig(**{**defaults, **changes})
     source = source or kvenv.load_traces(RAGGED, tokenizer=None, trace_length=LENGTH)
     model = kvenv.load_model(MODEL).model
     return GRPOLearner(model, source, config, interval=INTERVAL, protection=PROTECTION, features="stats")
