@@ -49,7 +49,7 @@ class ImitationConfig:
     """Hidden units of the scorer (16 in the paper's code)."""
     inputs: Inputs = "squashed"
     """How the scorer takes features in: squashed by the inverse hyperbolic sine and standardised, standardised only, or
-    raw; only the first can use attention statistics, see experiments/results."""
+    raw, which costs a scorer that sees the position most of what it can; see experiments/results."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     budgets: tuple[int, ...] = ()
