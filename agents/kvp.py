@@ -30,7 +30,7 @@ from kvenv.store import RecordedTrace
 class KVPConfig:
     """Hyper-parameters of KVP."""
 
-    updates: int = 1000
+    updates: int = 500
     """Gradient steps."""
     batch_size: int = 8
     """Recorded traces in an update, each with a cut of its own."""
@@ -40,8 +40,6 @@ class KVPConfig:
     """What a ranking is compared with: the others of its trace, or all others of the batch (the authors' code)."""
     credit: Literal["ranking", "budget"] = "budget"
     """What a pick is paid for: its whole ranking (the paper), or only the budgets that it still decides."""
-    largest_budget: int = 0
-    """Budgets above it don't count; 0 counts all alike (the paper)."""
     learning_rate: float = 2e-3
     """AdamW's step size after the warm-up; falls to a fiftieth by a cosine."""
     warmup: int = 50
@@ -106,7 +104,7 @@ class Cuts:
     mask: Tensor
 
 
-def returns(ranked: Tensor, least: Tensor, credit: str, largest_budget: int = 0) -> Tensor:
+def returns(ranked: Tensor, least: Tensor, credit: str) -> Tensor:
     """Return what the picks of rankings are paid.
 
     Parameters
@@ -117,25 +115,17 @@ def returns(ranked: Tensor, least: Tensor, credit: str, largest_budget: int = 0)
         Cost of the best ranking.
     credit : {"ranking", "budget"}
         Whether a pick is paid for its whole ranking, or only for the budgets that it still decides.
-    largest_budget : int
-        Budgets above it don't count; 0 counts all.
 
     Returns
     -------
     Tensor (..., C), or (..., 1) where all picks of a ranking are paid alike
         The reward, or what of it depends on the pick: given the picks before, both have the same gradient.
     """
-    total = ranked.sum(dim=-1, keepdim=True)
-    # What a budget b leaves out, for b = 1 ... C: the pick of rank r decides the budgets from r on.
-    left = (total - ranked.cumsum(dim=-1)).clamp(min=0)
-    if largest_budget:
-        left = left[..., :largest_budget]
-    to_go = left.flip(-1).cumsum(dim=-1).flip(-1)
     if credit == "ranking":
-        to_go = to_go[..., :1] + total
-    else:
-        to_go = torch.nn.functional.pad(to_go, (0, ranked.shape[-1] - to_go.shape[-1]))
-    return -to_go / least[..., None]
+        return (-cost(ranked) / least)[..., None]
+    # What a budget b leaves out, for b = 1 ... C: the pick of rank r decides the budgets from r on.
+    left = (ranked.sum(dim=-1, keepdim=True) - ranked.cumsum(dim=-1)).clamp(min=0)
+    return -left.flip(-1).cumsum(dim=-1).flip(-1) / least[..., None]
 
 
 def leave_one_out(paid: Tensor, group: str) -> Tensor:
@@ -205,8 +195,7 @@ class KVPLearner(Learner):
         order = self.rank(scores.detach(), batch.mask)
         utility = batch.utility.expand(order.shape).gather(-1, order)
         least = least_cost(batch.utility)
-        paid = returns(utility, least, self.config.credit, self.config.largest_budget)
-        advantage = leave_one_out(paid, self.config.group)
+        advantage = leave_one_out(returns(utility, least, self.config.credit), self.config.group)
         # In units of each agent's own spread.
         spread = advantage.square().mean(dim=(0, 3, 4), keepdim=True).sqrt()
         advantage = advantage / spread.clamp(min=1e-8)
@@ -302,10 +291,6 @@ class KVPLearner(Learner):
             raise ValueError(f"unknown credit {config.credit!r}: known are ranking, budget")
         if config.credit == "budget" and config.group == "batch":
             raise ValueError("credit 'budget' compares picks of the same rank of the same trace: choose group 'trace'")
-        if config.largest_budget < 0:
-            raise ValueError(
-                f"largest_budget {config.largest_budget} is impossible: it must be at least 0, which is all"
-            )
         others = config.samples * (config.batch_size if config.group == "batch" else 1)
         if min(config.samples, config.batch_size) < 1 or others < 2:
             raise ValueError(

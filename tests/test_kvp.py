@@ -94,16 +94,6 @@ def test_the_estimated_gradient_is_that_of_the_expected_reward(credit: str, grou
     assert (error < 0.3 * exact.abs().max()).all(), "too noisy to tell"
 
 
-@pytest.mark.parametrize("largest", [0, 1, 3, 9])
-def test_what_is_paid_is_what_each_budget_leaves_out(largest: int) -> None:
-    ranked = torch.rand(6, generator=torch.Generator().manual_seed(0)).double()
-    left = [float(ranked[b:].sum()) if not largest or b <= largest else 0.0 for b in range(7)]
-    (whole,) = returns(ranked, torch.tensor(2.0).double(), "ranking", largest).tolist()
-    assert whole == pytest.approx(-sum(left) / 2)
-    by_pick = returns(ranked, torch.tensor(2.0).double(), "budget", largest).tolist()
-    assert by_pick == pytest.approx([-sum(left[rank:]) / 2 for rank in range(1, 7)])
-
-
 def test_paying_picks_for_what_they_decide_is_less_noisy() -> None:
     generator = torch.Generator().manual_seed(1)
     scores, utility = torch.zeros(30, dtype=torch.double, requires_grad=True), torch.rand(30, generator=generator) ** 3
@@ -304,7 +294,6 @@ def test_positions_beyond_training_are_close_to_those_within() -> None:
     [
         ({"group": "head"}, "unknown group 'head': known are trace, batch"),
         ({"credit": "pick"}, "unknown credit 'pick'"),
-        ({"largest_budget": -1}, "largest_budget -1"),
         ({"samples": 1}, "nothing to be compared with"),
         ({"group": "batch", "credit": "ranking", "samples": 1, "batch_size": 1}, "nothing to be compared with"),
         ({"group": "batch", "credit": "budget"}, "choose group 'trace'"),
