@@ -233,7 +233,7 @@ def _against_random(comparison: Comparison, cell: Cell) -> str:
     pair = (cell.policy, "random")
     if beats(comparison.difference(cell.family, *pair, cell.budget)):
         return " >"
-    return " <" if beats(comparison.difference(cell.family, *reversed(pair), cell.budget)) else ""
+    return " <" if beats(comparison.difference(cell.family, *pair[::-1], cell.budget)) else ""
 
 
 def _with_interval(estimate: Estimate | None, sign: str = "") -> str:
