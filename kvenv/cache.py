@@ -94,6 +94,7 @@ class EvictingCache(HandedCache):
                 f"{self.protection.recent}): raise the budget or protect less"
             )
         self.policy = policy
+        self._spare = not isinstance(budget, int) or capacity > budget
         self.first_decision, self.last_decision = first_decision, last_decision
         device = model.device
         shape = (self.num_layers, rows, self.kv_heads, capacity)
@@ -248,6 +249,11 @@ class EvictingCache(HandedCache):
             if self.policy is not None and self.interval > 1:
                 # A window of generate's is one token: statistics and decisions would silently be those of interval 1.
                 raise ValueError(f"generate evicts before every token: give the cache interval=1, not {self.interval}")
+            if self.policy is not None and not self._spare:
+                raise ValueError(
+                    f"capacity {self.capacity} leaves no slot for a new token beside the budget: give the cache at "
+                    "least budget + 1 slots"
+                )
             if self.policy is None and self.seen > self.capacity:
                 raise ValueError(
                     f"capacity {self.capacity} is full after {self.seen - columns} tokens and the cache has no policy: "

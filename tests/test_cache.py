@@ -253,6 +253,9 @@ def test_misuse_is_refused() -> None:
     assert wide.needs == {"noise"}
     with pytest.raises(ValueError, match="interval=1, not 4"):
         model.generate(ids, attention_mask=mask, past_key_values=wide, max_new_tokens=4)
+    tight = EvictingCache(model, rows=1, capacity=8, interval=1, budget=8, policy=Random(), protection=Protection(1, 2))
+    with pytest.raises(ValueError, match="capacity 8 leaves no slot for a new token"):
+        model.generate(ids, attention_mask=mask, past_key_values=tight, max_new_tokens=4)
     beams = EvictingCache(model, rows=2, capacity=40, interval=4, budget=36)
     with pytest.raises(ValueError, match="beam search"):
         model.generate(ids, attention_mask=mask, past_key_values=beams, num_beams=2, max_new_tokens=4, do_sample=False)
