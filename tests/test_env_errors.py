@@ -38,7 +38,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[str(changes) for changes, _ in WRONG])
+NAMES = [f"{number}-{'-'.join(changes)}" for number, (changes, _) in enumerate(WRONG)]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=NAMES)
 def test_impossible_arguments(changes: dict[str, Any], message: str) -> None:
     for make in (single, vector):
         with pytest.raises(ValueError, match=message):
