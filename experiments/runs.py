@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -96,6 +97,7 @@ class Run:
         started = bool(checkpoints(self.directory / CHECKPOINTS))
         kept = [line for line in read_metrics(self.directory) if started and line["step"] <= done]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+        _pass_second(self.directory)
         with (
             path.open("a", encoding="utf-8") as self._metrics,
             SummaryWriter(str(self.directory), purge_step=done + started) as self._events,
@@ -130,6 +132,15 @@ class Run:
         state = learner.state()
         values = state.values | {"seconds": self.seconds}
         save_checkpoint(self.directory / CHECKPOINTS, State(state.tensors, values), learner.done)
+
+
+def _pass_second(directory: Path) -> None:
+    """Wait until a new event file is read after those there: the order is that of the seconds in their names."""
+    made = [path.name.split(".")[3] for path in directory.glob("events.out.tfevents.*")]
+    newest = max((int(second) for second in made if second.isdigit()), default=0)
+    # At most a second: a name from the future (a clock put back) is not waited for.
+    if int(time.time()) == newest:
+        time.sleep(newest + 1 - time.time())
 
 
 class Interruption:

@@ -190,7 +190,10 @@ def test_every_learner_goes_on_bit_by_bit(name: str, tmp_path: Path, monkeypatch
     assert_same_run(died, straight)
 
 
-def test_a_second_signal_takes_effect_at_once() -> None:
+def test_a_second_signal_takes_effect_at_once(request: pytest.FixtureRequest) -> None:
+    # Where the tests run in a shell's background, SIGINT is ignored from the start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.signal == signal.SIGINT
