@@ -8,20 +8,16 @@ key says doesn't depend then on where it stands, which the position tells.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.base import Policy
-from agents.scorer import DESCRIPTION, WEIGHTS
-from kvenv.files import write_atomic
+from agents.policy_files import read_policy, write_policy
 from kvenv.rotary import Rotary
 from kvenv.state import LayerState
 
@@ -196,10 +192,7 @@ class KVPPolicy(Policy):
         return self.scorer(state.keys, state.values, state.positions, ages, state.layer)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``policy.json`` and ``policy.safetensors``; the description last, so that it never lies."""
-        target = Path(directory)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.scorer.state_dict().items()}
-        write_atomic(target / WEIGHTS, save(tensors))
+        """Write ``policy.json`` and ``policy.safetensors``."""
         description = {
             "type": "kvp",
             "name": self.name,
@@ -207,7 +200,7 @@ class KVPPolicy(Policy):
             "inv_freq": self.scorer.inv_freq.tolist(),
             "training": self.training,
         }
-        write_atomic(target / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+        write_policy(directory, self.scorer, description)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], device: str = "cpu") -> KVPPolicy:
@@ -220,23 +213,14 @@ class KVPPolicy(Policy):
         FileNotFoundError
             If one is missing.
         """
-        source = Path(directory)
-        try:
-            description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
+
+        def build(description: dict[str, Any]) -> KVPPolicy:
             layers, heads, head_dim, embedding, hidden = (int(size) for size in description["shape"])
             inv_freq = [float(frequency) for frequency in description["inv_freq"]]
             scorer = KVPScorer(layers, heads, head_dim, embedding, hidden, inv_freq)
-            name, training = str(description["name"]), description.get("training")
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{source / DESCRIPTION} is not a kvp policy's description: {error}") from error
-        weights = source / WEIGHTS
-        try:
-            scorer.load_state_dict(load(weights.read_bytes()))
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # safetensors and torch raise their own kinds for what isn't theirs
-            raise ValueError(f"{weights} doesn't hold this scorer's weights: {error}") from error
-        return cls(scorer.to(device).eval(), name, training)
+            return cls(scorer, str(description["name"]), description.get("training"))
+
+        return read_policy(directory, "a kvp policy", build, device)
 
 
 def load_policy(directory: str | os.PathLike[str], device: str = "cpu") -> KVPPolicy:

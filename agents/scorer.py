@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from agents.base import Policy
+from agents.policy_files import read_policy, write_policy
 from kvenv.features import feature_set
-from kvenv.files import write_atomic
 from kvenv.state import LayerState
-
-DESCRIPTION, WEIGHTS = "policy.json", "policy.safetensors"
 
 Inputs = Literal["squashed", "standardised", "raw"]
 
@@ -159,10 +153,7 @@ class ScorerPolicy(Policy):
         return self.scorer(features, state.layer)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``policy.json`` and ``policy.safetensors``; the description last, so that it never lies."""
-        target = Path(directory)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.scorer.state_dict().items()}
-        write_atomic(target / WEIGHTS, save(tensors))
+        """Write ``policy.json`` and ``policy.safetensors``."""
         description = {
             "type": "scorer",
             "name": self.name,
@@ -170,7 +161,7 @@ class ScorerPolicy(Policy):
             "shape": list(self.scorer.shape),
             "training": self.training,
         }
-        write_atomic(target / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+        write_policy(directory, self.scorer, description)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], device: str = "cpu") -> ScorerPolicy:
@@ -183,23 +174,13 @@ class ScorerPolicy(Policy):
         FileNotFoundError
             If one is missing.
         """
-        source = Path(directory)
-        try:
-            description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
-            shape: Sequence[int] = description["shape"]
-            layers, heads, features, hidden = (int(size) for size in shape)
+
+        def build(description: dict[str, Any]) -> ScorerPolicy:
+            layers, heads, features, hidden = (int(size) for size in description["shape"])
             scorer = Scorer(layers, heads, features, hidden)
-            name, feature_names = str(description["name"]), str(description["features"])
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{source / DESCRIPTION} is not a scorer's description: {error}") from error
-        weights = source / WEIGHTS
-        try:
-            scorer.load_state_dict(load(weights.read_bytes()))
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # safetensors and torch raise their own kinds for what isn't theirs
-            raise ValueError(f"{weights} doesn't hold this scorer's weights: {error}") from error
-        return cls(scorer.to(device).eval(), feature_names, name, description.get("training"))
+            return cls(scorer, str(description["features"]), str(description["name"]), description.get("training"))
+
+        return read_policy(directory, "a scorer", build, device)
 
 
 def load_policy(directory: str | os.PathLike[str], device: str = "cpu") -> ScorerPolicy:
