@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kvenv.golden import expected_future, future_attention
 from kvenv.layerwise import Policy, check_budget, rollout
-from kvenv.lookahead import CONTINUATIONS
+from kvenv.lookahead import resampled
 from kvenv.ranking import eviction_order
 from kvenv.state import LayerState, Protection
 from kvenv.traces import Trace, TraceSource
@@ -131,7 +131,7 @@ def follow(
         expected = None
         if "expected_future" in policy.needs:
             cuts = range(anchor, length - 1, interval)
-            futures = [[t.tokens for t in source.continuations(trace_id, cut, CONTINUATIONS)] for cut in cuts]
+            futures = resampled(source, trace_id, cuts)
             expected = expected_future(model, [trace.tokens], [futures], interval=interval, anchors=[anchor])
         result = rollout(
             policy,

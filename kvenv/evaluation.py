@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from kvenv.decode import Losses
 from kvenv.golden import FutureAttention, expected_future, future_attention
 from kvenv.layerwise import Policy, check_budget, first_decisions, rollout
-from kvenv.lookahead import CONTINUATIONS
+from kvenv.lookahead import resampled
 from kvenv.rewards import low_entropy
 from kvenv.state import Protection
 from kvenv.traces import Trace, TraceSource
@@ -233,10 +233,7 @@ class _Batch:
             # The smallest budget of this alignment decides first: its decisions include those of the others.
             anchors = self._anchors(min(other for other in self.setting.budgets if self._alignment(other) == key))
             continuations = [
-                [
-                    [future.tokens for future in self.source.continuations(trace_id, cut, CONTINUATIONS)]
-                    for cut in self._cuts(trace, anchor)
-                ]
+                resampled(self.source, trace_id, self._cuts(trace, anchor))
                 for trace_id, trace, anchor in zip(self.ids, self.traces, anchors, strict=True)
             ]
             self._expected[key] = expected_future(

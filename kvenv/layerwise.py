@@ -192,7 +192,6 @@ def rollout(
         capacity=budget + interval if schedule == "periodic" else batch.tokens.shape[1],
         interval=interval,
         budget=budget,
-        needs=policy.needs,
         protection=protection,
         policy=policy,
         first_decision=first_decision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -26,6 +27,11 @@ TRACES_AT_ONCE = 16
 
 LOSSES_KEPT = 4096
 """Traces whose full-cache losses are kept."""
+
+
+def resampled(source: TraceSource, trace_id: int, cuts: Sequence[int]) -> list[list[np.ndarray]]:
+    """Return the tokens of a trace's continuations at each cut, as :func:`kvenv.golden.expected_future` reads them."""
+    return [[future.tokens for future in source.continuations(trace_id, cut, CONTINUATIONS)] for cut in cuts]
 
 
 class FullRows:
@@ -194,10 +200,7 @@ class FutureRows:
         if self.kind == "future":
             return future_attention(self.model, tokens, interval=self.interval, anchors=anchors, reduce=self.reduce)[0]
         continuations = [
-            [
-                [future.tokens for future in self.source.continuations(trace, cut, CONTINUATIONS)]
-                for cut in range(anchor, len(own) - 1, self.interval)[: self.decisions]
-            ]
+            resampled(self.source, trace, range(anchor, len(own) - 1, self.interval)[: self.decisions])
             for trace, anchor, own in zip(traces, anchors, tokens)
         ]
         return expected_future(

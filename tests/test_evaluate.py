@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import agents
-import kvenv.evaluation
+import kvenv.lookahead
 from experiments import evaluate as command
 from kvenv.evaluation import FULL, Row, evaluate, kept_fraction
 from kvenv.state import Protection
@@ -126,7 +126,7 @@ def test_prefill_evicts_once_and_scores_what_follows_the_prompt() -> None:
 
 
 def test_golden_expected_shares_its_continuations_between_budgets(monkeypatch: pytest.MonkeyPatch, tiny_model) -> None:
-    monkeypatch.setattr(kvenv.evaluation, "CONTINUATIONS", 2)
+    monkeypatch.setattr(kvenv.lookahead, "CONTINUATIONS", 2)
     traces = load_traces("recall", split="validation", tokenizer=tiny_model.tokenizer, trace_length=96)
     asked: list[tuple[int, int]] = []
     original = traces.continuations

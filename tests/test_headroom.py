@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import agents
-import kvenv.evaluation
+import kvenv.lookahead
 from experiments import headroom
 from experiments.comparison import Comparison
 from tests.test_comparison import rows
@@ -60,7 +60,7 @@ def test_the_best_heuristic_must_be_far_off_on_three_families_only() -> None:
 def test_the_command_from_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kvenv.evaluation, "CONTINUATIONS", 2)
+    monkeypatch.setattr(kvenv.lookahead, "CONTINUATIONS", 2)
     size = ["--trace-length", "160", "--interval", "16", "--num-traces", "2", "--seeds", "0"]
     headroom.main(["--traces", "tracking", *size, "--out", str(tmp_path)])
     report = json.loads((tmp_path / "headroom.json").read_text())
