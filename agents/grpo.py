@@ -26,15 +26,14 @@ from transformers import PreTrainedModel
 
 import agents
 from agents.checkpoint import optimizer_state, restore_optimizer
+from agents.episodes import Episodes
 from agents.learner import Learner, State
 from agents.ranking_policy import Evictions, ReplayPolicy, SamplingPolicy
 from agents.returns import CREDITS, group_advantages, rollout_metrics, window_losses
-from agents.scorer import Scorer, ScorerPolicy
+from agents.scorer import ScorerPolicy
 from kvenv import plackett_luce
 from kvenv.attention import HandedCache
 from kvenv.features import feature_set
-from kvenv.layerwise import rollout
-from kvenv.limits import Limits
 from kvenv.registry import REWARDS
 from kvenv.state import LayerState, Protection
 from kvenv.traces import Trace, TraceSource
@@ -99,9 +98,6 @@ class GRPOConfig:
         if self.credit not in CREDITS:
             raise ValueError(f"unknown credit {self.credit!r}: known are {', '.join(CREDITS)}")
 
-
-CALIBRATED_ON = 4
-"""Decisions that the input constants of a scorer of random weights are taken from."""
 
 PRESETS = {
     "foresightkv": GRPOConfig(
@@ -184,10 +180,9 @@ class GRPOLearner(Learner):
         protection: Protection | None = None,
         features: str = "foresight",
     ) -> None:
-        self.model, self.source, self.config = model, source, config or GRPOConfig()
-        self.interval, self.protection = interval, protection or Protection(recent=interval)
+        self.config = config or GRPOConfig()
+        self.episodes = Episodes(model, source, interval, protection or Protection(recent=interval))
         self._reward = REWARDS.get(self.config.reward)
-        self.layers = HandedCache(model).num_layers
         start = self._loaded(self.config.init) if self.config.init else self._random(features)
         self.scorer, self.features = start.scorer, feature_set(start.features)
         self.reference = copy.deepcopy(self.scorer).requires_grad_(False)
@@ -234,22 +229,19 @@ class GRPOLearner(Learner):
         """
         config, rng = self.config, np.random.default_rng([self.config.seed, self.done])
         budget = int(rng.choice(config.budgets))
-        traces = self._traces(int(rng.integers(self.source.size or 1 << 31)), budget)
+        interval, traces = self.episodes.interval, self.episodes.draw(rng, config.num_traces, budget)
         rows = [trace for trace in traces for _ in range(config.group)]
-        evictions = Evictions(self.layers, self.interval)
+        evictions = Evictions(self.episodes.layers, interval)
         sampler = SamplingPolicy(self.policy, config.temperature, evictions)
-        done = rollout(
+        done = self.episodes.play(
             sampler,
             rows,
-            model=self.model,
-            budget=budget,
-            interval=self.interval,
-            protection=self.protection,
+            budget,
             seed=config.seed,
             rollouts=range(self.done * len(rows), (self.done + 1) * len(rows)),
             on_eviction=sampler.record,
         )
-        windows = window_losses(self.model, traces, done.losses, budget + self.interval, self.interval)
+        windows = window_losses(self.episodes.model, traces, done.losses, budget + interval, interval)
         reward = self._reward(windows).unflatten(0, (len(rows), -1))
         metrics = rollout_metrics(windows, reward) | {"time/policy": sampler.seconds}
         return Experience(rows, budget, evictions, reward, metrics)
@@ -266,16 +258,16 @@ class GRPOLearner(Learner):
         kl_weight : float
             Weight of the divergence from the reference.
         """
-        evictions, config = experience.evictions, self.config
+        evictions, config, interval = experience.evictions, self.config, self.episodes.interval
         weight = 1 / (evictions.decisions().clamp(min=1) * len(experience.traces))
         totals: dict[str, Tensor] = {}
-        seen = [0] * self.layers
+        seen = [0] * self.episodes.layers
 
         def learn(state: LayerState, order: Tensor, count: Tensor) -> None:
             layer, window = state.layer, seen[state.layer]
             seen[layer] += 1
             features = self.features.compute(state)
-            picks = (order, state.mask, count, self.interval)
+            picks = (order, state.mask, count, interval)
             share = weight[:, None] / count.clamp(min=1)
             with torch.enable_grad():
                 logits = -self.scorer(features, layer) / config.temperature
@@ -283,7 +275,7 @@ class GRPOLearner(Learner):
                 ratio, advantage = change.exp(), advantages[:, window, None, None].to(change.dtype)
                 clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
                 # Where no pick was made the change is 0, but the ratio is 1.
-                made = torch.arange(self.interval, device=order.device) < count[..., None]
+                made = torch.arange(interval, device=order.device) < count[..., None]
                 gain = torch.where(made, torch.minimum(ratio * advantage, clipped * advantage), 0.0)
                 reference = -self.reference(features, layer) / config.temperature
                 kl = plackett_luce.kl(logits, reference, *picks)
@@ -300,15 +292,8 @@ class GRPOLearner(Learner):
                 totals[tag] = totals.get(tag, 0) + value
 
         length = max(len(trace.tokens) for trace in experience.traces)
-        rollout(
-            ReplayPolicy(evictions, self.features.needs, length),
-            experience.traces,
-            model=self.model,
-            budget=experience.budget,
-            interval=self.interval,
-            protection=self.protection,
-            on_eviction=learn,
-        )
+        replay = ReplayPolicy(evictions, self.features.needs, length)
+        self.episodes.play(replay, experience.traces, experience.budget, on_eviction=learn)
         return {tag: float(total) for tag, total in totals.items()}
 
     def state(self) -> State:
@@ -335,58 +320,27 @@ class GRPOLearner(Learner):
         restore_optimizer(self.optimizer, state.tensors)
         self.done = int(state.values["done"])
 
-    def _traces(self, first: int, budget: int) -> list[Trace]:
-        """Return the traces of an update, from an id on and round; refuse those that can't be decoded with a budget."""
-        ids = range(first, first + self.config.num_traces)
-        traces = [self.source[trace_id % (self.source.size or trace_id + 1)] for trace_id in ids]
-        limits = Limits(max(len(trace.tokens) for trace in traces), budget, self.interval, True, self.protection)
-        for trace in traces:
-            limits.check_trace(trace, budget, budget + self.interval)
-        return traces
-
     def _loaded(self, init: str) -> ScorerPolicy:
         """Return a copy of the policy to start from."""
         policy = agents.make(init)
         if not isinstance(policy, ScorerPolicy):
             raise ValueError(f"init {init!r} is not a learned policy: give the directory of one with a scorer")
-        scorer, shape = copy.deepcopy(policy.scorer).to(self.model.device), HandedCache(self.model)
+        model = self.episodes.model
+        scorer, shape = copy.deepcopy(policy.scorer).to(model.device), HandedCache(model)
         layers, heads, width, _ = scorer.shape
         wanted = feature_set(policy.features).width(shape.head_dim, shape.groups)
-        if (layers, heads, width) != (self.layers, shape.kv_heads, wanted):
+        if (layers, heads, width) != (shape.num_layers, shape.kv_heads, wanted):
             raise ValueError(
                 f"init {init!r} was trained for {layers} layers x {heads} KV heads with {width} features, "
-                f"this model has {self.layers} x {shape.kv_heads} with {wanted}"
+                f"this model has {shape.num_layers} x {shape.kv_heads} with {wanted}"
             )
         return ScorerPolicy(scorer, policy.features)
 
     def _random(self, features: str) -> ScorerPolicy:
         """Return a policy of random weights, its input constants taken from a few decisions of its own."""
-        shape, config = HandedCache(self.model), self.config
-        width = feature_set(features).width(shape.head_dim, shape.groups)
-        generator = torch.Generator().manual_seed(config.seed)
-        scorer = Scorer(self.layers, shape.kv_heads, width, config.hidden, generator).to(self.model.device)
-        policy, budget = ScorerPolicy(scorer, features), max(config.budgets)
-        traces = self._traces(0, budget)
-        windows = -(-(max(len(trace.tokens) for trace in traces) - 1 - budget - self.interval) // self.interval)
-        taken = set(np.linspace(0, windows - 1, CALIBRATED_ON).astype(int).tolist())
-        made = [0] * self.layers
-        seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in made]
-
-        def keep(state: LayerState, order: Tensor, count: Tensor) -> None:
-            if made[state.layer] in taken:
-                seen[state.layer].append((feature_set(features).compute(state), state.filled))
-            made[state.layer] += 1
-
-        rollout(
-            policy,
-            traces,
-            model=self.model,
-            budget=budget,
-            interval=self.interval,
-            protection=self.protection,
-            on_eviction=keep,
-        )
-        by_layer = [[torch.cat(parts) for parts in zip(*layer)] for layer in seen]
-        inputs, filled = (torch.stack(parts, dim=1) for parts in zip(*by_layer))
-        scorer.calibrate(inputs, filled)
+        config, seen = self.config, feature_set(features)
+        scorer, budget = self.episodes.scorer(seen, config.hidden, config.seed), max(config.budgets)
+        policy = ScorerPolicy(scorer, features)
+        traces = self.episodes.draw(np.random.default_rng([config.seed, 2**32]), config.num_traces, budget)
+        self.episodes.calibrate([(scorer, seen, "squashed")], policy, traces, budget)
         return policy

@@ -1,40 +1,41 @@
 """Imitation of Golden Eviction: rank cached pairs as the expert does (ForesightKV, arXiv 2602.03203, stage 1; DAgger).
 
-At every decision golden labels the pairs; golden, or with DAgger the scorer itself, evicts and the environment goes on.
+An update leads some traces through the cache, layer by layer: at every decision golden labels the pairs, the layer's
+scorers take a gradient step, and golden, or with DAgger the scorer itself, evicts. Layers share no weights, so each has
+an optimizer of its own, and nothing is kept of a decision that was learnt from.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from agents.base import Policy, needed
 from agents.checkpoint import optimizer_state, restore_optimizer
+from agents.episodes import Episodes
 from agents.learner import Learner, State
+from agents.ranking_losses import LOSSES, LossName
 from agents.scorer import Inputs, Scorer, ScorerPolicy
-from kvenv import plackett_luce
-from kvenv.golden import FutureAttention, future_attention
-from kvenv.ranking import action_from_order, eviction_order
-from kvenv.vector_env import KVEvictVectorEnv
-
-CALIBRATED_ON = 4
-"""Decisions of a golden episode that the scorer's input constants are taken from."""
-
-LossName = Literal["pairwise-weighted", "pairwise", "regression", "listwise", "likelihood"]
+from kvenv.features import FeatureSet, feature_set
+from kvenv.state import LayerState, Protection
+from kvenv.traces import TraceSource
 
 
 @dataclass(frozen=True)
 class ImitationConfig:
     """Hyper-parameters of imitation."""
 
-    updates: int = 500
-    """Gradient steps; each takes one decision of every row."""
+    updates: int = 200
+    """Updates; each leads its traces from the first decision to the last and takes a gradient step at every one."""
+    num_traces: int = 16
+    """Traces of an update. A mixture's families come in turn: choose a multiple of their number."""
     loss: LossName = "pairwise-weighted"
     """How golden's order is learnt: a hinge on pairs, weighted by how much their order matters or all alike
     (ForesightKV's paper), regression on the logarithm of the utility, shares of utility as a distribution (ListNet), or
@@ -52,202 +53,221 @@ class ImitationConfig:
     raw, which costs a scorer that sees the position most of what it can; see experiments/results."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
-    budgets: tuple[int, ...] = ()
-    """Budgets that episodes are drawn from, none above the environment's; its own alone if empty."""
+    budgets: tuple[int, ...] = (64,)
+    """Budgets that updates draw from, one each."""
     dagger: float = 0.0
-    """Share of episodes in which the scorer evicts (DAgger); golden does in the others. Labels are always golden's."""
-    dagger_ramp: int = 100
+    """Share of traces in which the scorer evicts (DAgger); golden does in the others. Labels are always golden's."""
+    dagger_ramp: int = 50
     """Updates over which that share rises from 0."""
     seed: int = 0
-    """Seed of the initial weights and of the episodes."""
+    """Seed of the initial weights, traces and budgets."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_traces", 1), ("hidden", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be at least {least}")
+        if not 0 <= self.dagger <= 1:
+            raise ValueError(f"dagger {self.dagger} is no share: choose 0 to 1")
+        if self.loss not in LOSSES:
+            raise ValueError(f"unknown loss {self.loss!r}: known are {', '.join(LOSSES)}")
+        if not self.budgets:
+            raise ValueError("budgets () is impossible: give at least one")
 
 
 PRESETS = {
-    "foresightkv": ImitationConfig(updates=1000, loss="pairwise", learning_rate=1e-2, margin=0.01, hidden=16),
+    "foresightkv": ImitationConfig(
+        updates=1000, num_traces=4, loss="pairwise", learning_rate=1e-2, margin=0.01, hidden=16
+    ),
 }
 """Published hyper-parameters, from the papers' code where it is public."""
 
 
-def pairwise_hinge(scores: Tensor, utility: Tensor, mask: Tensor, margin: float, weighted: bool = True) -> Tensor:
-    """Return the pairwise ranking hinge loss.
-
-    Weighted, a pair counts by the difference of the square roots of its two utilities: the order among pairs that
-    nobody will look at decides nothing, and unweighted they are nearly all there is.
-
-    Parameters
-    ----------
-    scores, utility : Tensor (..., C)
-        The scorer's output and golden's utility.
-    mask : Tensor (..., C) bool
-        Candidates.
-    margin : float
-        How much higher the better of two pairs must score.
-    weighted : bool
-        Whether pairs count by how much their order matters.
-
-    Returns
-    -------
-    Tensor ()
-        Mean over the ordered pairs of candidates with different utilities.
-    """
-    root = utility.to(scores.dtype).clamp(min=0).sqrt()
-    weight = (root[..., :, None] - root[..., None, :]).clamp(min=0)
-    weight = weight * (mask[..., :, None] & mask[..., None, :])
-    if not weighted:
-        weight = (weight > 0).to(scores.dtype)
-    short = (margin - (scores[..., :, None] - scores[..., None, :])).clamp(min=0)
-    return (weight * short).sum() / weight.sum().clamp(min=1e-8)
-
-
-def regression(scores: Tensor, utility: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean squared error on log(utility + 1e-4), both sides less their mean over the decision's candidates.
-
-    An offset that all pairs of a decision share changes no ranking. Parameters are those of :func:`pairwise_hinge`.
-    """
-    error = scores - (utility.to(scores.dtype).clamp(min=0) + 1e-4).log()
-    count = mask.sum(dim=-1, keepdim=True).clamp(min=1)
-    centred = error - torch.where(mask, error, 0.0).sum(dim=-1, keepdim=True) / count
-    return torch.where(mask, centred**2, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def listwise(scores: Tensor, utility: Tensor, mask: Tensor) -> Tensor:
-    """Return the divergence of the scores' softmax from golden's shares of utility (ListNet, Cao et al. 2007).
-
-    Shares are those of the square roots, as in the weighted hinge. Parameters are those of :func:`pairwise_hinge`;
-    the result is in nats, the mean over decisions.
-    """
-    root = torch.where(mask, utility.to(scores.dtype).clamp(min=0).sqrt() + 1e-6, 0.0)
-    share = root / root.sum(dim=-1, keepdim=True).clamp(min=1e-6)
-    logs = scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 4).log_softmax(dim=-1)
-    divergence = torch.where(mask, share * (share.clamp(min=1e-12).log() - logs), 0.0).sum(dim=-1)
-    return divergence.sum() / mask.any(dim=-1).sum().clamp(min=1)
-
-
-def likelihood(scores: Tensor, utility: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-    """Return minus the log-likelihood per pick of golden's order under Plackett-Luce (ListMLE, Xia et al. 2008).
-
-    Parameters are those of :func:`pairwise_hinge`, and ``positions`` (..., C) break ties; in nats.
-    """
-    order, picks = eviction_order(utility, positions, mask), mask.sum(dim=-1)
-    logs = plackett_luce.log_prob(-scores, order, mask, picks, mask.shape[-1])
-    return -logs.sum() / picks.sum().clamp(min=1)
-
-
 class Student:
-    """A scorer that learns golden's order from decisions it is shown.
+    """A scorer that learns golden's order from decisions it is shown, each layer at its own pace.
 
     Parameters
     ----------
-    shape : tuple (L, H, F)
-        Layers, KV heads, features.
+    scorer : Scorer
+        What learns.
+    features : FeatureSet
+        What it sees.
     config : ImitationConfig
         Hyper-parameters.
-    device : torch.device
-        Where it learns.
     """
 
-    def __init__(self, shape: tuple[int, int, int], config: ImitationConfig, device: torch.device) -> None:
-        self.config, self.done = config, 0
-        generator = torch.Generator().manual_seed(config.seed)
-        self.scorer = Scorer(*shape, config.hidden, generator).to(device)
-        self.optimizer = torch.optim.Adam(self.scorer.parameters(), lr=config.learning_rate)
+    def __init__(self, scorer: Scorer, features: FeatureSet, config: ImitationConfig) -> None:
+        self.scorer, self.features, self.config = scorer, features, config
+        self.layers = [scorer.part(layer) for layer in range(scorer.shape[0])]
+        self.optimizers = [torch.optim.Adam(part.parameters(), lr=config.learning_rate) for part in self.layers]
 
-    def learn(self, scores: Tensor, utility: Tensor, mask: Tensor, positions: Tensor) -> dict[str, float]:
-        """Take a gradient step on its scores of some decisions, all (N, L, H, C), and return the metrics."""
-        loss = LOSSES[self.config.loss](scores, utility, mask, positions, self.config.margin)
-        self.optimizer.zero_grad()
+    def score(self, state: LayerState) -> Tensor:
+        """Return the scores (N, H, C) of a decision of one layer, which :meth:`learn` takes with their history."""
+        with torch.enable_grad():
+            return self.layers[state.layer](self.features.compute(state), 0)
+
+    def learn(self, scores: Tensor, state: LayerState, rate: float) -> tuple[Tensor, Tensor]:
+        """Take a gradient step on a decision of one layer.
+
+        Parameters
+        ----------
+        scores : Tensor (N, H, C)
+            What :meth:`score` returned.
+        state : LayerState
+            With ``future``.
+        rate : float
+            Step size.
+
+        Returns
+        -------
+        Tensor (), Tensor ()
+            The loss, and the norm of the gradient.
+        """
+        config, part, optimizer = self.config, self.layers[state.layer], self.optimizers[state.layer]
+        with torch.enable_grad():
+            loss = LOSSES[config.loss](scores, needed(state, "future"), state.mask, state.positions, config.margin)
+        optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), self.config.grad_clip)
-        rate = self.config.learning_rate * self._rate(self.done)
-        for group in self.optimizer.param_groups:
+        norm = torch.nn.utils.clip_grad_norm_(part.parameters(), config.grad_clip)
+        for group in optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
-        self.done += 1
-        return {"loss/ranking": float(loss.detach()), "loss/grad_norm": float(norm), "loss/learning_rate": rate}
+        optimizer.step()
+        return loss.detach(), norm
 
-    def _rate(self, update: int) -> float:
-        """Factor on the learning rate: linear warm-up, then a cosine down to a tenth."""
-        warmup, updates = self.config.warmup, self.config.updates
-        if update < warmup:
-            return (update + 1) / warmup
-        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (update - warmup) / max(1, updates - warmup)))
+
+class Lesson(Policy):
+    """Leads episodes: golden's ranking or the first student's, row by row, after all students learnt the decision.
+
+    Parameters
+    ----------
+    students : sequence of Student
+        Who learns.
+    led : Tensor (N,) bool
+        Rows in which the first student decides.
+    rate : float
+        Factor on the students' step size.
+
+    Attributes
+    ----------
+    deciding, learning : float
+        Seconds that scoring and gradient steps took so far.
+    """
+
+    name = "lesson"
+
+    def __init__(self, students: Sequence[Student], led: Tensor, rate: float) -> None:
+        self.students, self.led, self.rate = students, led, rate
+        self.deciding = self.learning = 0.0
+        self.needs = frozenset({"future"}).union(*(student.features.needs for student in students))
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+
+    def __call__(self, state: LayerState) -> Tensor:
+        """Return priorities (N, H, C)."""
+        began = time.perf_counter()
+        scores = [student.score(state) for student in self.students]
+        scored = time.perf_counter()
+        learnt = [
+            student.learn(own, state, self.rate * student.config.learning_rate)
+            for student, own in zip(self.students, scores)
+        ]
+        for values, value in zip((self._losses, self._norms), learnt[0]):
+            values.append(value)
+        self.deciding += scored - began
+        self.learning += time.perf_counter() - scored
+        future = needed(state, "future")
+        return torch.where(self.led[:, None, None], scores[0].detach().to(future.dtype), future)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the means of the first student's losses and gradient norms over all decisions so far."""
+        return {
+            "loss/ranking": float(torch.stack(self._losses).mean()),
+            "loss/grad_norm": float(torch.stack(self._norms).mean()),
+        }
 
 
 class ImitationLearner(Learner):
     """Trains a scorer to rank cached pairs as Golden Eviction does.
 
-    All rows begin their episodes together, and everything about these episodes follows from the seed and their number:
-    a checkpoint holds the actions of the episodes under way, and replaying them brings the environment back.
+    Everything about an update follows from the seed and its number: a checkpoint holds weights and moments only.
 
     Parameters
     ----------
-    env : KVEvictVectorEnv
-        With ``output="torch"`` and ``autoreset_mode="Disabled"``. Its feature set is what the scorer sees.
+    model : PreTrainedModel
+        The LLM, on kvenv's attention (:func:`kvenv.load_model`).
+    source : TraceSource
+        Training traces; families joined by ``+`` come in turn.
     config : ImitationConfig, optional
         Hyper-parameters.
-
-    Raises
-    ------
-    ValueError
-        If the environment is set up otherwise, or a hyper-parameter is impossible.
+    interval : int
+        W.
+    protection : Protection, optional
+        Pairs never evicted; if not given, the first 4 and the newest W.
+    features : str
+        Feature set that the scorer sees.
     """
 
     name = "imitation"
 
-    def __init__(self, env: KVEvictVectorEnv, config: ImitationConfig | None = None) -> None:
-        self.env, self.config = env, config or ImitationConfig()
-        self._check()
-        layers, heads, _, width = env.feature_shape
-        self.student = Student((layers, heads, width), self.config, env.dynamics.model.device)
-        self.scorer, self.optimizer = self.student.scorer, self.student.optimizer
-        self.episode = self._began = 0
-        self._actions: list[Tensor] = []
-        self._running = torch.zeros(env.num_envs, dtype=torch.bool)
-
-    @property
-    def done(self) -> int:  # type: ignore[override]
-        """Updates made so far."""
-        return self.student.done
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: TraceSource,
+        config: ImitationConfig | None = None,
+        *,
+        interval: int = 16,
+        protection: Protection | None = None,
+        features: str = "foresight",
+    ) -> None:
+        self.config, self.done = config or ImitationConfig(), 0
+        self.episodes = Episodes(model, source, interval, protection or Protection(recent=interval))
+        self.students = self._enrol(feature_set(features))
+        rng, budget = np.random.default_rng([self.config.seed, 2**32]), max(self.config.budgets)
+        traces = self.episodes.draw(rng, self.config.num_traces, budget)
+        self.episodes.calibrate(
+            [(student.scorer, student.features, student.config.inputs) for student in self.students],
+            _Shown([student.features for student in self.students]),
+            traces,
+            budget,
+            future=self.episodes.future(traces, budget),
+        )
 
     @property
     def policy(self) -> ScorerPolicy:
         """The policy as trained so far."""
-        training = {"learner": self.name, "updates_done": self.done, **asdict(self.config)}
-        return ScorerPolicy(self.scorer, self.env.features, self.name, training)
+        student, training = self.students[0], {"learner": self.name, "updates_done": self.done, **asdict(self.config)}
+        return ScorerPolicy(student.scorer, student.features.name, self.name, training)
 
     def update(self) -> dict[str, float]:
-        """Learn from one decision of every row, let its leader take it, and return the metrics."""
-        began = time.perf_counter()
-        if not self._running.any():
-            if not self.done:
-                self._calibrate()
-            self._begin()
-        reset = time.perf_counter()
-        utility, mask, positions = self._utility(), self._mask(), self._observation["positions"]
-        scores = self.scorer(self._observation["features"])
-        priorities = torch.where(self._led[:, None, None, None], scores.detach().to(utility.dtype), utility)
-        action = action_from_order(eviction_order(priorities, positions, mask), mask)
-        acted = time.perf_counter()
-        metrics = self._learn(scores, utility, mask & self._running.to(mask.device)[:, None, None, None])
-        learnt = time.perf_counter()
-        self._step(action)
-        metrics |= {
-            "time/policy": acted - reset,
-            "time/learn": learnt - acted,
-            "time/env": time.perf_counter() - learnt + reset - began,
+        """Lead some traces from the first decision to the last, learn from each, and return the metrics."""
+        began, config = time.perf_counter(), self.config
+        rng = np.random.default_rng([config.seed, self.done])
+        budget = int(rng.choice(config.budgets))
+        traces = self.episodes.draw(rng, config.num_traces, budget)
+        share = config.dagger * min(1.0, self.done / max(1, config.dagger_ramp))
+        led = torch.as_tensor(rng.random(len(traces)) < share, device=self.episodes.model.device)
+        lesson = Lesson(self.students, led, self._rate())
+        rollout = self.episodes.play(lesson, traces, budget, future=self.episodes.future(traces, budget))
+        paid = rollout.losses.nll[:, budget + self.episodes.interval :].sum(dim=1) / self.episodes.interval
+        self.done += 1
+        return {
+            "rollout/ep_rew_mean": -float(paid.mean()),
+            **lesson.metrics(),
+            "loss/learning_rate": lesson.rate * config.learning_rate,
+            "time/policy": lesson.deciding,
+            "time/learn": lesson.learning,
+            "time/env": time.perf_counter() - began - lesson.deciding - lesson.learning,
         }
-        return metrics if self._running.any() else metrics | {"rollout/ep_rew_mean": float(self._return.mean())}
 
     def state(self) -> State:
-        """Return weights, moments and the actions of the episodes under way."""
-        tensors = {f"scorer.{name}": tensor.detach().clone() for name, tensor in self.scorer.state_dict().items()}
-        tensors |= optimizer_state(self.optimizer)
-        if self._running.any():
-            tensors["actions"] = torch.stack(self._actions)
-        return State(tensors, {"learner": self.name, "done": self.done, "episode": self.episode, "began": self._began})
+        """Return weights and moments; traces, budgets and leaders follow from the count of updates."""
+        student = self.students[0]
+        tensors = {f"scorer.{name}": tensor.detach().clone() for name, tensor in student.scorer.state_dict().items()}
+        for layer, optimizer in enumerate(student.optimizers):
+            tensors |= optimizer_state(optimizer, f"optimizer.{layer}")
+        return State(tensors, {"learner": self.name, "done": self.done})
 
     def restore(self, state: State) -> None:
-        """Go on from a state: load, and replay the episodes under way.
+        """Go on from a state.
 
         Raises
         ------
@@ -256,117 +276,39 @@ class ImitationLearner(Learner):
         """
         if state.values.get("learner") != self.name:
             raise ValueError(f"the state is of learner {state.values.get('learner')!r}, not {self.name!r}")
-        prefix = "scorer."
+        student, prefix = self.students[0], "scorer."
         weights = {key.removeprefix(prefix): x for key, x in state.tensors.items() if key.startswith(prefix)}
         try:
-            self.scorer.load_state_dict(weights)
-            self.student.done, self._began = int(state.values["done"]), int(state.values["began"])
-            episode = int(state.values["episode"])
+            student.scorer.load_state_dict(weights)
+            self.done = int(state.values["done"])
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the state doesn't fit this scorer: {error}") from error
-        self.optimizer.state.clear()
-        restore_optimizer(self.optimizer, state.tensors)
-        self.episode, self._actions = episode, []
-        self._running = torch.zeros_like(self._running)
-        actions = state.tensors.get("actions")
-        if actions is not None:
-            self.episode -= 1
-            self._start()
-            for action in actions.to(self.scorer.first.device):
-                self._step(action)
+        for layer, optimizer in enumerate(student.optimizers):
+            optimizer.state.clear()
+            restore_optimizer(optimizer, state.tensors, f"optimizer.{layer}")
 
-    def _check(self) -> None:
-        """Refuse what can't work."""
-        if self.env.output != "torch" or self.env.autoreset_mode != "Disabled":
-            raise ValueError(
-                "imitation needs an environment with output='torch' and autoreset_mode='Disabled', "
-                f"not {self.env.output!r} and {self.env.autoreset_mode!r}"
-            )
+    def _enrol(self, features: FeatureSet) -> list[Student]:
+        """Return who learns; the first one is the policy."""
         config = self.config
-        if not 0 <= config.dagger <= 1:
-            raise ValueError(f"dagger {config.dagger} is no share: choose 0 to 1")
-        if config.loss not in LOSSES:
-            raise ValueError(f"unknown loss {config.loss!r}: known are {', '.join(LOSSES)}")
-        most = self.env.dynamics.limits.budget
-        if config.budgets and max(config.budgets) > most:
-            raise ValueError(f"budgets {config.budgets} exceed the environment's budget {most}: raise --budget")
+        return [Student(self.episodes.scorer(features, config.hidden, config.seed), features, config)]
 
-    def _begin(self) -> None:
-        """Begin the next episodes."""
-        self._began, self._actions = self.done, []
-        self._start()
-
-    def _start(self) -> None:
-        """Begin the episodes of number ``episode``: traces, budgets and leaders are drawn from seed and number."""
-        rng, rows = np.random.default_rng([self.config.seed, self.episode]), self.env.num_envs
-        seeds = rng.integers(2**31, size=rows).tolist()
-        budgets = rng.choice(self.config.budgets or (self.env.dynamics.limits.budget,), size=rows).tolist()
-        share = self.config.dagger * min(1.0, self._began / max(1, self.config.dagger_ramp))
-        self._reset(seeds, budgets, torch.as_tensor(rng.random(rows) < share))
-        self.episode += 1
-
-    def _reset(self, seeds: list[int], budgets: list[int], led: Tensor) -> None:
-        """Reset all rows and look into their futures, together: how rows are batched changes last bits."""
-        self._observation, info = self.env.reset(seed=seeds, options={"budget": budgets})
-        dynamics, self._position = self.env.dynamics, info["position"]
-        self._led = led.to(dynamics.model.device)
-        self._running = torch.ones(self.env.num_envs, dtype=torch.bool)
-        self._return = torch.zeros(self.env.num_envs, dtype=torch.float64)
-        self._future: FutureAttention = future_attention(
-            dynamics.model,
-            [dynamics.source[int(trace)].tokens for trace in info["trace"]],
-            interval=dynamics.limits.interval,
-            anchors=self._position.tolist(),
-        )[0]
-
-    def _step(self, action: Tensor) -> None:
-        """Execute an action (N, L, H, C)."""
-        self._observation, reward, terminated, truncated, info = self.env.step(action)
-        self._running, self._position = ~(terminated | truncated).cpu(), info["position"]
-        self._return += reward.cpu()
-        self._actions.append(action.cpu())
-
-    def _calibrate(self) -> None:
-        """Take the scorer's input constants from an episode that golden leads, of its own seed."""
-        rng, rows = np.random.default_rng([self.config.seed, 2**32]), self.env.num_envs
-        budgets = rng.choice(self.config.budgets or (self.env.dynamics.limits.budget,), size=rows).tolist()
-        self._reset(rng.integers(2**31, size=rows).tolist(), budgets, torch.zeros(rows, dtype=torch.bool))
-        limits = self.env.dynamics.limits
-        decisions = -(-(limits.trace_length - int(self._position.max())) // limits.interval)
-        taken = np.unique(np.linspace(0, max(0, decisions - 1), CALIBRATED_ON).astype(int))
-        seen = []
-        for decision in range(int(taken[-1]) + 1):
-            if decision in taken:
-                seen.append((self._observation["features"], self._observation["positions"] >= 0))
-            mask, positions = self._mask(), self._observation["positions"]
-            self._step(action_from_order(eviction_order(self._utility(), positions, mask), mask))
-        self._take_in(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
-
-    def _mask(self) -> Tensor:
-        """Return the candidates (N, L, H, C)."""
-        return self._observation["mask"].bool()
-
-    def _utility(self) -> Tensor:
-        """Return golden's utilities (N, L, H, C) at the current decision."""
-        positions = self._observation["positions"]
-        at = torch.as_tensor(self._position, device=positions.device)
-        layers = range(positions.shape[1])
-        return torch.stack([self._future.at(layer, positions[:, layer], at) for layer in layers], dim=1)
-
-    def _take_in(self, features: Tensor, filled: Tensor) -> None:
-        """Set the input constants from features (N, L, H, C, F) of some decisions."""
-        self.scorer.calibrate(features, filled, self.config.inputs)
-
-    def _learn(self, scores: Tensor, utility: Tensor, mask: Tensor) -> dict[str, float]:
-        """Learn from the current decision."""
-        return self.student.learn(scores, utility, mask, self._observation["positions"])
+    def _rate(self) -> float:
+        """Factor on the learning rate: linear warm-up, then a cosine down to a twentieth."""
+        warmup, updates = self.config.warmup, self.config.updates
+        if self.done < warmup:
+            return (self.done + 1) / warmup
+        share = min(1.0, (self.done - warmup) / max(1, updates - warmup))
+        return 0.525 + 0.475 * math.cos(math.pi * share)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
-    "pairwise-weighted": lambda scores, utility, mask, _, margin: pairwise_hinge(scores, utility, mask, margin),
-    "pairwise": lambda scores, utility, mask, _, margin: pairwise_hinge(scores, utility, mask, margin, False),
-    "regression": lambda scores, utility, mask, _, __: regression(scores, utility, mask),
-    "listwise": lambda scores, utility, mask, _, __: listwise(scores, utility, mask),
-    "likelihood": lambda scores, utility, mask, positions, _: likelihood(scores, utility, mask, positions),
-}
-"""Losses by name, as functions of (scores, utility, mask, positions, margin)."""
+class _Shown(Policy):
+    """Golden, while feature sets look on."""
+
+    name = "shown"
+
+    def __init__(self, features: Sequence[FeatureSet]) -> None:
+        self.needs = frozenset({"future"}).union(*(of.needs for of in features))
+
+    def __call__(self, state: LayerState) -> Tensor:
+        """Return golden's utilities."""
+        return needed(state, "future")

@@ -90,6 +90,13 @@ class Scorer(nn.Module):
         self.mean.copy_(squashed.mean(dim=2, keepdim=True))
         self.deviation.copy_(squashed.std(dim=2, keepdim=True).clamp(min=1e-3))
 
+    def part(self, layer: int) -> Scorer:
+        """Return the scorer of one layer, its layer 0; it shares memory with this one, which learns with it."""
+        part = Scorer(1, *self.shape[1:])
+        for name, whole in (*self.named_parameters(), *self.named_buffers()):
+            getattr(part, name).data = whole.data[layer : layer + 1]
+        return part
+
     def forward(self, features: Tensor, layer: int | tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Score pairs.
 

@@ -24,11 +24,10 @@ import kvenv
 from agents.imitation import ImitationConfig, ImitationLearner, Student
 from agents.scorer import ScorerPolicy
 from experiments.cli import run
-from experiments.learners import EnvironmentArgs
 from experiments.progress import track
 from experiments.runs import commit
 from kvenv.evaluation import evaluate
-from kvenv.features import feature_set
+from kvenv.features import FeatureSet, feature_set
 from kvenv.files import write_atomic
 from kvenv.layerwise import Policy
 from kvenv.models import load_model
@@ -88,7 +87,8 @@ class Variant:
 
     def config(self, args: Args, seed: int) -> ImitationConfig:
         """Return its hyper-parameters."""
-        return replace(ImitationConfig(updates=args.updates, seed=seed), **self.changes)
+        defaults = ImitationConfig(updates=args.updates, num_traces=args.batch, budgets=(args.budget,), seed=seed)
+        return replace(defaults, **self.changes)
 
 
 VARIANTS = [
@@ -107,12 +107,12 @@ class Args:
 
     learner: tyro.conf.Positional[Literal["imitation"]]
     """Whose choices."""
-    updates: int = 400
-    """Gradient steps of each variant."""
+    updates: int = 40
+    """Updates of each variant."""
     budget: int = 64
     """Pairs that every (layer, KV head) keeps, in training and measuring."""
-    num_envs: int = 8
-    """Training traces side by side."""
+    batch: int = 16
+    """Training traces of an update."""
     num_traces: int = 16
     """Validation traces of each family."""
     seeds: tuple[int, ...] = (0,)
@@ -122,7 +122,7 @@ class Args:
 
 
 class Classroom(ImitationLearner):
-    """Imitation whose episodes other students learn from, too.
+    """Imitation whose episodes several students learn from.
 
     Golden leads all episodes, and they follow from the seed: each student becomes what it would have become alone (but
     for last bits where it needs no attention statistics, with which the LLM's attention is computed in another order).
@@ -138,25 +138,11 @@ class Classroom(ImitationLearner):
     """
 
     def __init__(self, variants: Sequence[Variant], args: Args, seed: int) -> None:
-        env = EnvironmentArgs(features=ALL, budget=args.budget, num_envs=args.num_envs).make()
-        super().__init__(env, ImitationConfig(updates=args.updates, seed=seed))
-        layers, heads, _, width = env.feature_shape
-        self.variants, columns = variants, range(width)
-        pairs = 2 * env.dynamics.cache.head_dim
-        self.columns = {
-            "pairs": [*columns[:pairs]],
-            "kv": [*columns[:pairs], width - 1],
-            "foresight": [*columns[:-1]],
-            ALL: [*columns],
-        }
-        self.students = [
-            Student(
-                (layers, heads, len(self.columns[variant.features])),
-                variant.config(args, seed),
-                env.dynamics.model.device,
-            )
-            for variant in variants
-        ]
+        self.variants = variants
+        self.configs = [variant.config(args, seed) for variant in variants]
+        loaded = load_model("tiny")
+        source = load_traces("+".join(FAMILIES), split="train", tokenizer=loaded.tokenizer)
+        super().__init__(loaded.model, source, self.configs[0])
 
     def policies(self) -> list[Policy]:
         """Return what the students became."""
@@ -165,35 +151,20 @@ class Classroom(ImitationLearner):
             for student, variant in zip(self.students, self.variants, strict=True)
         ]
 
-    def _take_in(self, features: Tensor, filled: Tensor) -> None:
-        super()._take_in(features, filled)
-        for variant, student in zip(self.variants, self.students, strict=True):
-            student.scorer.calibrate(self._seen(features, variant), filled, student.config.inputs)
-
-    def _seen(self, features: Tensor, variant: Variant) -> Tensor:
-        """Return what a variant's features are of all; contiguous, as memory order changes last bits of products."""
-        return features[..., self.columns[variant.features]].contiguous()
-
-    def _learn(self, scores: Tensor, utility: Tensor, mask: Tensor) -> dict[str, float]:
-        for variant, student in zip(self.variants, self.students, strict=True):
-            seen = self._seen(self._observation["features"], variant)
-            student.learn(student.scorer(seen), utility, mask, self._observation["positions"])
-        return super()._learn(scores, utility, mask)
+    def _enrol(self, features: FeatureSet) -> list[Student]:
+        return [
+            Student(self.episodes.scorer(seen, config.hidden, config.seed), seen, config)
+            for config, seen in zip(self.configs, (feature_set(x.features) for x in self.variants), strict=True)
+        ]
 
 
 def train(variants: Sequence[Variant], args: Args, seed: int) -> list[Policy]:
-    """Return the policies of variants: those that golden leads learn together, the others one by one."""
-    if variants[0].led_by_golden:
-        classroom = Classroom(variants, args, seed)
-        for _ in track(range(args.updates), f"{len(variants)} variants at once"):
-            classroom.update()
-        return classroom.policies()
-    (variant,) = variants
-    env = EnvironmentArgs(features=variant.features, budget=args.budget, num_envs=args.num_envs).make()
-    learner = ImitationLearner(env, variant.config(args, seed))
-    for _ in track(range(args.updates), variant.name):
-        learner.update()
-    return [learner.policy]
+    """Return the policies of variants, which learn from the same episodes."""
+    classroom = Classroom(variants, args, seed)
+    names = variants[0].name if len(variants) == 1 else f"{len(variants)} variants at once"
+    for _ in track(range(args.updates), names):
+        classroom.update()
+    return classroom.policies()
 
 
 def measure(policies: dict[str, Policy], args: Args) -> dict[str, dict[str, dict[str, float]]]:
@@ -215,7 +186,7 @@ def measure(policies: dict[str, Policy], args: Args) -> dict[str, dict[str, dict
 def compare(args: Args) -> dict[str, Any]:
     """Measure what isn't there yet, writing after each; return all."""
     path = args.out / f"{args.learner}.json"
-    terms = {name: getattr(args, name) for name in ("updates", "budget", "num_envs", "num_traces")}
+    terms = {name: getattr(args, name) for name in ("updates", "budget", "batch", "num_traces")}
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"terms": terms, "rows": {}}
     if there["terms"] != terms:
         raise ValueError(f"{path} was measured with {there['terms']}, not {terms}: choose another --out")
@@ -246,7 +217,7 @@ def table(found: dict[str, Any]) -> str:
     terms = found["terms"]
     lines = [
         f"Answer loss in nats on {terms['num_traces']} validation traces of each family at budget {terms['budget']} of "
-        f"512 tokens, after {terms['updates']} updates of {terms['num_envs']} rows' decisions. {found['date']}, commit "
+        f"512 tokens, after {terms['updates']} updates of {terms['batch']} traces each. {found['date']}, commit "
         f"{found['commit']}; made by `python -m experiments.ablation imitation`.",
         "",
         f"| features, changes to the defaults | {' | '.join(FAMILIES)} | mean | accuracy | as golden |",

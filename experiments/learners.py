@@ -49,6 +49,14 @@ class RolloutArgs(DecodingArgs):
     features: str = "foresight"
     """What the policy sees: kv, foresight, stats or a registered name; a policy to start from has its own."""
 
+    def learn_with(self, kind: Any, config: Any) -> Any:
+        """Return a learner by rollouts, of class ``kind``, at its start."""
+        loaded = load_model(self.model, dtype=self.dtype, device=self.device)
+        source = load_traces(self.traces, split="train", tokenizer=loaded.tokenizer, trace_length=self.trace_length)
+        protection = Protection(self.sinks, self.recent)
+        terms = {"interval": self.interval, "protection": protection, "features": self.features}
+        return kind(loaded.model, source, config, **terms)
+
 
 @dataclass(frozen=True)
 class EnvironmentArgs(RolloutArgs):
@@ -59,9 +67,9 @@ class EnvironmentArgs(RolloutArgs):
     num_envs: int = 16
     """Traces decoded side by side."""
 
-    def make(self, output: str = "torch", autoreset_mode: str = "Disabled") -> KVEvictVectorEnv:
-        """Return the training environment; by default on tensors, and finished rows idle until all are reset."""
-        return KVEvictVectorEnv(**asdict(self), split="train", output=output, autoreset_mode=autoreset_mode)
+    def make(self) -> KVEvictVectorEnv:
+        """Return the training environment as Stable-Baselines3 wants it."""
+        return KVEvictVectorEnv(**asdict(self), split="train", output="numpy", autoreset_mode="SameStep")
 
 
 @dataclass(frozen=True)
@@ -123,13 +131,13 @@ class Imitation(LearnerArgs):
 
     name = "imitation"
 
-    env: tyro.conf.OmitArgPrefixes[EnvironmentArgs] = field(default_factory=EnvironmentArgs)
+    env: tyro.conf.OmitArgPrefixes[RolloutArgs] = field(default_factory=RolloutArgs)
     learner: tyro.conf.OmitArgPrefixes[imitation.ImitationConfig] = field(default_factory=imitation.ImitationConfig)
     run: tyro.conf.OmitArgPrefixes[RunArgs] = field(default_factory=RunArgs)
 
     def build(self) -> Learner:
         """Return the learner at its start."""
-        return imitation.ImitationLearner(self.env.make(), self.learner)
+        return self.env.learn_with(imitation.ImitationLearner, self.learner)
 
 
 @dataclass(frozen=True)
@@ -144,17 +152,7 @@ class GRPO(LearnerArgs):
 
     def build(self) -> Learner:
         """Return the learner at its start."""
-        env = self.env
-        loaded = load_model(env.model, dtype=env.dtype, device=env.device)
-        source = load_traces(env.traces, split="train", tokenizer=loaded.tokenizer, trace_length=env.trace_length)
-        return grpo.GRPOLearner(
-            loaded.model,
-            source,
-            self.learner,
-            interval=env.interval,
-            protection=Protection(env.sinks, env.recent),
-            features=env.features,
-        )
+        return self.env.learn_with(grpo.GRPOLearner, self.learner)
 
 
 @dataclass(frozen=True)
@@ -203,14 +201,14 @@ class PPO(LearnerArgs):
 
     def build(self) -> Learner:
         """Return the learner at its start."""
-        return ppo.PPOLearner(self.env.make(output="numpy", autoreset_mode="SameStep"), self.learner)
+        return ppo.PPOLearner(self.env.make(), self.learner)
 
 
 LEARNERS: dict[str, type[LearnerArgs]] = {kind.name: kind for kind in (Imitation, KVP, GRPO, PPO)}
 """What can be trained."""
 
 PRESETS: dict[tuple[str, str], LearnerArgs] = {
-    ("imitation", "foresightkv"): Imitation(EnvironmentArgs(num_envs=4), imitation.PRESETS["foresightkv"]),
+    ("imitation", "foresightkv"): Imitation(learner=imitation.PRESETS["foresightkv"]),
     ("grpo", "foresightkv"): GRPO(learner=grpo.PRESETS["foresightkv"]),
     ("kvp", "kvp"): KVP(learner=kvp.PRESETS["kvp"]),
 }

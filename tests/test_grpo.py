@@ -74,7 +74,7 @@ def test_rollouts_that_are_paid_alike_teach_nothing() -> None:
 def test_a_replay_evicts_the_same_and_every_ratio_is_one() -> None:
     one = learner(seed=3)
     experience = one.collect()
-    again = Evictions(one.layers, INTERVAL)
+    again = Evictions(one.episodes.layers, INTERVAL)
 
     def keep(state: Any, order: torch.Tensor, count: torch.Tensor) -> None:
         went = torch.arange(INTERVAL) < count[..., None]
@@ -82,7 +82,7 @@ def test_a_replay_evicts_the_same_and_every_ratio_is_one() -> None:
         again.positions[state.layer].append(torch.where(went, positions, -1).int())
 
     replay = ReplayPolicy(experience.evictions, frozenset(), LENGTH)
-    options = {"model": one.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
+    options = {"model": one.episodes.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
     rollout(replay, experience.traces, on_eviction=keep, **options)  # type: ignore[arg-type]
     for layer, expected in zip(again.positions, experience.evictions.positions, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(layer, expected, strict=True))
@@ -109,9 +109,9 @@ def test_rollouts_are_those_of_the_environment(reward: str) -> None:
 
 def test_a_rollout_does_not_depend_on_the_rows_beside_it() -> None:
     one = learner()
-    experience, alone = one.collect(), Evictions(one.layers, INTERVAL)
+    experience, alone = one.collect(), Evictions(one.episodes.layers, INTERVAL)
     sampler = SamplingPolicy(one.policy, 1.0, alone)
-    options = {"model": one.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
+    options = {"model": one.episodes.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
     rollout(sampler, experience.traces[4:5], rollouts=[4], on_eviction=sampler.record, **options)  # type: ignore[arg-type]
     for layer, expected in zip(alone.positions, experience.evictions.positions, strict=True):
         assert all(torch.equal(x[0], y[4]) for x, y in zip(layer, expected))
@@ -126,10 +126,10 @@ def plain_loss(of: GRPOLearner, experience: Experience, advantages: torch.Tensor
         seen.append((state.layer, (features, state.mask.clone(), order.clone()), count.clone()))  # type: ignore[arg-type]
 
     replay = ReplayPolicy(experience.evictions, of.features.needs, LENGTH)
-    options = {"model": of.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
+    options = {"model": of.episodes.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
     rollout(replay, experience.traces, on_eviction=keep, **options)  # type: ignore[arg-type]
     rows: list[list[torch.Tensor]] = [[] for _ in experience.traces]
-    windows = [0] * of.layers
+    windows = [0] * of.episodes.layers
     for layer, (features, mask, order), count in seen:  # type: ignore[misc]
         logits, fixed = (-scorer(features, layer) / of.config.temperature for scorer in (of.scorer, of.reference))
         for row, picks_of_row in enumerate(rows):
@@ -243,7 +243,7 @@ def test_a_scorer_of_random_weights_is_calibrated_on_what_it_sees() -> None:
         if state.layer == 0:
             inputs.append((squashed - one.scorer.mean[0, 0]) / one.scorer.deviation[0, 0])
 
-    options = {"model": one.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
+    options = {"model": one.episodes.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
     rollout(one.policy, [trace(i) for i in range(4)], on_eviction=keep, **options)  # type: ignore[arg-type]
     seen = torch.cat(inputs)
     assert (seen.mean(dim=0).abs() < 0.5).all()
@@ -301,6 +301,6 @@ def test_a_policy_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_recording_needs_somewhere_to_write() -> None:
     one = learner()
     sampler = SamplingPolicy(one.policy, 1.0)
-    options = {"model": one.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
+    options = {"model": one.episodes.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
     with pytest.raises(ValueError, match="evictions="):
         rollout(sampler, [trace(0)], on_eviction=sampler.record, **options)  # type: ignore[arg-type]

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import agents
-from agents.imitation import LOSSES, ImitationConfig, ImitationLearner, likelihood, listwise, pairwise_hinge, regression
+import kvenv
+from agents.episodes import Episodes
+from agents.imitation import ImitationConfig, ImitationLearner, Lesson
+from agents.ranking_losses import LOSSES, likelihood, listwise, pairwise_hinge, regression
 from agents.scorer import Scorer, ScorerPolicy
 from kvenv.layerwise import rollout
-from tests.environments import BUDGET, INTERVAL, PROTECTION, trace, vector
+from kvenv.state import LayerState
+from tests.environments import BUDGET, INTERVAL, LENGTH, MODEL, PROTECTION, RAGGED, trace
 from tests.models import random_model
 
 
 def imitator(**changes: object) -> ImitationLearner:
-    """Return a learner on the small random environment."""
-    env = vector(num_envs=4, output="torch", autoreset_mode="Disabled", features="foresight")
-    return ImitationLearner(env, ImitationConfig(**{"updates": 40, "learning_rate": 1e-2, **changes}))  # type: ignore[arg-type]
+    """Return a learner on the small random model."""
+    defaults = {"updates": 12, "num_traces": 4, "learning_rate": 1e-2, "budgets": (BUDGET,)}
+    source = kvenv.load_traces(RAGGED, tokenizer=None, trace_length=LENGTH)
+    config = ImitationConfig(**{**defaults, **changes})  # type: ignore[arg-type]
+    return ImitationLearner(kvenv.load_model(MODEL).model, source, config, interval=INTERVAL, protection=PROTECTION)
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -97,39 +106,99 @@ def test_what_minimises_a_loss_is_in_goldens_order(loss: str) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_imitation_learns_to_agree_with_golden(loss: str) -> None:
     learner = imitator(loss=loss)
-    losses = [learner.update()["loss/ranking"] for _ in range(40)]
-    assert np.mean(losses[-8:]) < 0.99 * np.mean(losses[:8])
+    losses = [learner.update()["loss/ranking"] for _ in range(12)]
+    assert np.mean(losses[-3:]) < 0.99 * np.mean(losses[:3])
 
 
-def test_dagger_lets_the_scorer_lead_a_share_of_the_episodes_that_rises() -> None:
-    learner, led = imitator(dagger=1.0, dagger_ramp=12), []
-    for _ in range(21):
+def shares(learner: ImitationLearner, monkeypatch: pytest.MonkeyPatch, updates: int) -> list[float]:
+    """Return in which share of its evictions each update's episodes agreed with golden."""
+    found, play = [], Episodes.play
+
+    def watched(episodes: Episodes, *args: Any, **options: Any) -> Any:
+        rollout = play(episodes, *args, **{**options, "agreement": True})
+        found.append(float(rollout.agreement.mean()))
+        return rollout
+
+    monkeypatch.setattr(Episodes, "play", watched)
+    for _ in range(updates):
         learner.update()
-        led.append(float(learner._led.float().mean()))
-    assert led[0] == 0
-    assert led[-1] == 1
+    return found
 
 
-def test_budgets_are_drawn_per_episode() -> None:
-    learner, seen = imitator(budgets=(16, 20)), set()
-    for _ in range(8):
+def test_golden_leads_or_with_dagger_the_scorer_in_a_share_of_the_traces_that_rises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert shares(imitator(), monkeypatch, 2) == [1, 1]
+    dagger = shares(imitator(dagger=1.0, dagger_ramp=3), monkeypatch, 4)
+    assert dagger[0] == 1
+    assert dagger[3] < 0.9
+
+
+def test_a_gradient_step_is_that_of_the_decision_and_of_its_layer_alone() -> None:
+    learner = imitator()
+    (student,), (other,) = learner.students, imitator().students
+    states: list[LayerState] = []
+
+    def keep(state: LayerState, order: torch.Tensor, count: torch.Tensor) -> None:
+        if not states:
+            states.append(replace(state, stats=state.stats.clone(), positions=state.positions.clone()))  # type: ignore[union-attr]
+
+    traces = [trace(0), trace(1)]
+    lesson = Lesson([other], torch.zeros(2, dtype=torch.bool), 1.0)
+    learner.episodes.play(lesson, traces, BUDGET, future=learner.episodes.future(traces, BUDGET), on_eviction=keep)
+    (state,), before = states, copy.deepcopy(student.scorer)
+    student.learn(student.score(state), state, 1e-2)
+    plain = copy.deepcopy(before)
+    scores = plain(student.features.compute(state), 0)
+    pairwise_hinge(scores, state.future, state.mask, student.config.margin).backward()  # type: ignore[arg-type]
+    for name, weight in student.scorer.named_parameters():
+        gradient, old = plain.get_parameter(name).grad, before.get_parameter(name)
+        assert gradient is not None
+        assert torch.equal(weight[1:], old[1:]), "another layer moved"
+        # Adam's first step is the step size along the gradient's sign.
+        moved = gradient[0].abs() > 1e-6
+        torch.testing.assert_close((weight - old)[0][moved], -1e-2 * gradient[0][moved].sign(), rtol=1e-2, atol=1e-5)
+
+
+def test_budgets_are_drawn_per_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, play = set(), Episodes.play
+
+    def watched(episodes: Episodes, policy: Any, traces: Any, budget: int, **options: Any) -> Any:
+        seen.add(budget)
+        return play(episodes, policy, traces, budget, **options)
+
+    learner = imitator(budgets=(16, 20))
+    monkeypatch.setattr(Episodes, "play", watched)
+    for _ in range(6):
         learner.update()
-        seen |= set(learner.env.dynamics.counters.budget.tolist())
     assert seen == {16, 20}
-    with pytest.raises(ValueError, match=r"budgets \(16, 21\) exceed the environment's budget 20"):
-        imitator(budgets=(16, 21))
 
 
-@pytest.mark.parametrize("stop", [0, 3, 6, 10])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgets": ()}, r"budgets \(\) is impossible"),
+        ({"dagger": 1.5}, "dagger 1.5 is no share"),
+        ({"loss": "rank"}, "unknown loss 'rank'"),
+        ({"num_traces": 0}, "num_traces 0 is impossible"),
+        ({"budgets": (200,)}, "budget 200"),
+    ],
+)
+def test_impossible_hyper_parameters_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        imitator(**changes)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3])
 def test_a_restored_learner_goes_on_bit_by_bit(stop: int) -> None:
     options = {"dagger": 0.5, "dagger_ramp": 4, "budgets": (16, 20)}
     straight, stopped, other = (imitator(**options) for _ in range(3))
-    for learner, updates in ((straight, 14), (stopped, stop), (other, 5)):
+    for learner, updates in ((straight, 4), (stopped, stop), (other, 2)):
         for _ in range(updates):
             learner.update()
     other.restore(stopped.state())
     assert other.done == stop
-    for _ in range(14 - stop):
+    for _ in range(4 - stop):
         other.update()
     one, two = straight.state(), other.state()
     assert one.values == two.values
@@ -151,15 +220,10 @@ def test_training_twice_gives_the_same_policy() -> None:
     weights = []
     for _ in range(2):
         learner = imitator()
-        for _ in range(3):
+        for _ in range(2):
             learner.update()
-        weights.append(learner.scorer.state_dict())
+        weights.append(learner.policy.scorer.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def test_an_environment_that_returns_arrays_is_refused() -> None:
-    with pytest.raises(ValueError, match="output='torch'"):
-        ImitationLearner(vector(autoreset_mode="Disabled"))
 
 
 def test_one_layer_is_scored_as_in_the_whole() -> None:

@@ -25,10 +25,10 @@ from experiments.runs import Interruption, commit, read_config, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
-    "--num-envs", "2", "--trace-length", "160", "--budget", "32", "--traces", "recall+tracking", "--hidden", "4",
+    "--num-traces", "2", "--trace-length", "160", "--budgets", "32", "--traces", "recall+tracking", "--hidden", "4",
     "--eval-traces", "2", "--eval-every", "4", "--save-every", "3", "--dagger", "0.5", "--dagger-ramp", "4",
 ]  # fmt: skip
-UPDATES = 14
+UPDATES = 11
 
 
 def arguments(out: Path, *others: str) -> list[str]:
@@ -85,11 +85,11 @@ def test_metrics_and_curves_have_every_step_once(straight: Path) -> None:
     curves = scalars(straight)
     assert [step for step, _ in curves["loss/ranking"]] == list(range(1, UPDATES + 1))
     for name in ("answer_loss", "answer_accuracy", "low_entropy_increase", "agreement_with_golden"):
-        assert [step for step, _ in curves[f"eval/{name}"]] == [0, 4, 8, 12, UPDATES]
+        assert [step for step, _ in curves[f"eval/{name}"]] == [0, 4, 8, UPDATES]
     assert curves["rollout/ep_rew_mean"]
     events = EventAccumulator(str(straight), size_guidance={"images": 0}).Reload()
     assert {"time/env", "time/policy", "time/learn", "time/total"} <= set(events.Tags()["scalars"])
-    assert [image.step for image in events.Images("kept")] == [0, 4, 8, 12, UPDATES]
+    assert [image.step for image in events.Images("kept")] == [0, 4, 8, UPDATES]
     assert any("hparams" in tag for tag in events.summary_metadata)
 
 
@@ -217,7 +217,7 @@ def test_a_finished_run_is_extended_by_updates_alone(tmp_path: Path, straight: P
     train.main(["imitation", "--resume", str(out), "--updates", str(UPDATES + 3)])
     assert [line["step"] for line in read_metrics(out)] == list(range(UPDATES + 4))
     assert read_config(out)["arguments"]["learner"]["updates"] == UPDATES + 3
-    with pytest.raises(ValueError, match=r"--updates 2: the run has made 17 already"):
+    with pytest.raises(ValueError, match=r"--updates 2: the run has made 14 already"):
         train.main(["--resume", str(out), "--updates", "2"])
 
 
@@ -225,8 +225,8 @@ def test_a_finished_run_is_extended_by_updates_alone(tmp_path: Path, straight: P
     ("others", "says"),
     [
         (["--learning-rate", "0.5"], r"--learning-rate 0\.5: the run has 0\.01"),
-        (["--num-envs", "3"], r"--num-envs 3: the run has 2"),
-        (["--budgets", "16", "32"], r"--budgets \[16, 32\]: the run has \[\]"),
+        (["--num-traces", "3"], r"--num-traces 3: the run has 2"),
+        (["--budgets", "16", "32"], r"--budgets \[16, 32\]: the run has \[32\]"),
         (["--out", "elsewhere"], r"--out elsewhere: the run has"),
     ],
 )
@@ -255,7 +255,7 @@ def test_impossible_numbers_are_refused(tmp_path: Path, option: str, value: str)
 def test_presets_are_defaults_that_options_override() -> None:
     args = train.parse(["imitation", "--preset", "foresightkv", "--hidden", "8"])
     assert (args.learner.loss, args.learner.margin, args.learner.hidden) == ("pairwise", 0.01, 8)
-    assert args.env.num_envs == 4
+    assert args.learner.num_traces == 4
     with pytest.raises(ValueError, match="--preset kvp is none of imitation: it has foresightkv"):
         train.parse(["imitation", "--preset=kvp"])
 

@@ -1,0 +1,89 @@
+"""Losses that teach a scorer an expert's order of cached pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvenv import plackett_luce
+from kvenv.ranking import eviction_order
+
+LossName = Literal["pairwise-weighted", "pairwise", "regression", "listwise", "likelihood"]
+
+
+def pairwise_hinge(scores: Tensor, utility: Tensor, mask: Tensor, margin: float, weighted: bool = True) -> Tensor:
+    """Return the pairwise ranking hinge loss.
+
+    Weighted, a pair counts by the difference of the square roots of its two utilities: the order among pairs that
+    nobody will look at decides nothing, and unweighted they are nearly all there is.
+
+    Parameters
+    ----------
+    scores, utility : Tensor (..., C)
+        The scorer's output and golden's utility.
+    mask : Tensor (..., C) bool
+        Candidates.
+    margin : float
+        How much higher the better of two pairs must score.
+    weighted : bool
+        Whether pairs count by how much their order matters.
+
+    Returns
+    -------
+    Tensor ()
+        Mean over the ordered pairs of candidates with different utilities.
+    """
+    root = utility.to(scores.dtype).clamp(min=0).sqrt()
+    weight = (root[..., :, None] - root[..., None, :]).clamp(min=0)
+    weight = weight * (mask[..., :, None] & mask[..., None, :])
+    if not weighted:
+        weight = (weight > 0).to(scores.dtype)
+    short = (margin - (scores[..., :, None] - scores[..., None, :])).clamp(min=0)
+    return (weight * short).sum() / weight.sum().clamp(min=1e-8)
+
+
+def regression(scores: Tensor, utility: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean squared error on log(utility + 1e-4), both sides less their mean over the decision's candidates.
+
+    An offset that all pairs of a decision share changes no ranking. Parameters are those of :func:`pairwise_hinge`.
+    """
+    error = scores - (utility.to(scores.dtype).clamp(min=0) + 1e-4).log()
+    count = mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    centred = error - torch.where(mask, error, 0.0).sum(dim=-1, keepdim=True) / count
+    return torch.where(mask, centred**2, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def listwise(scores: Tensor, utility: Tensor, mask: Tensor) -> Tensor:
+    """Return the divergence of the scores' softmax from golden's shares of utility (ListNet, Cao et al. 2007).
+
+    Shares are those of the square roots, as in the weighted hinge. Parameters are those of :func:`pairwise_hinge`;
+    the result is in nats, the mean over decisions.
+    """
+    root = torch.where(mask, utility.to(scores.dtype).clamp(min=0).sqrt() + 1e-6, 0.0)
+    share = root / root.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+    logs = scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 4).log_softmax(dim=-1)
+    divergence = torch.where(mask, share * (share.clamp(min=1e-12).log() - logs), 0.0).sum(dim=-1)
+    return divergence.sum() / mask.any(dim=-1).sum().clamp(min=1)
+
+
+def likelihood(scores: Tensor, utility: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    """Return minus the log-likelihood per pick of golden's order under Plackett-Luce (ListMLE, Xia et al. 2008).
+
+    Parameters are those of :func:`pairwise_hinge`, and ``positions`` (..., C) break ties; in nats.
+    """
+    order, picks = eviction_order(utility, positions, mask), mask.sum(dim=-1)
+    logs = plackett_luce.log_prob(-scores, order, mask, picks, mask.shape[-1])
+    return -logs.sum() / picks.sum().clamp(min=1)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
+    "pairwise-weighted": lambda scores, utility, mask, _, margin: pairwise_hinge(scores, utility, mask, margin),
+    "pairwise": lambda scores, utility, mask, _, margin: pairwise_hinge(scores, utility, mask, margin, False),
+    "regression": lambda scores, utility, mask, _, __: regression(scores, utility, mask),
+    "listwise": lambda scores, utility, mask, _, __: listwise(scores, utility, mask),
+    "likelihood": lambda scores, utility, mask, positions, _: likelihood(scores, utility, mask, positions),
+}
+"""Losses by name, as functions of (scores, utility, mask, positions, margin)."""
