@@ -50,12 +50,12 @@ class Episodes:
         """Layers of the LLM."""
         return HandedCache(self.model).num_layers
 
-    def scorer(self, features: FeatureSet, hidden: int, seed: int) -> Scorer:
+    def scorer(self, features: FeatureSet, hidden: int, depth: int, seed: int) -> Scorer:
         """Return a scorer of random weights for this LLM."""
         shape = HandedCache(self.model)
         width = features.width(shape.head_dim, shape.groups)
         generator = torch.Generator().manual_seed(seed)
-        return Scorer(self.layers, shape.kv_heads, width, hidden, generator).to(self.model.device)
+        return Scorer(self.layers, shape.kv_heads, width, hidden, depth, generator).to(self.model.device)
 
     def draw(self, rng: np.random.Generator, count: int, budget: int) -> list[Trace]:
         """Return ``count`` traces, from a drawn id on, and round where the source is finite.

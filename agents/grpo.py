@@ -75,7 +75,9 @@ class GRPOConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     hidden: int = 64
-    """Hidden units of a scorer that starts from random weights."""
+    """Units of a hidden layer of a scorer that starts from random weights."""
+    depth: int = 2
+    """Hidden layers of such a scorer; one is the paper's, more are normalised."""
     seed: int = 0
     """Seed of traces, budgets, noise and random weights."""
 
@@ -86,6 +88,7 @@ class GRPOConfig:
             ("group", 2),
             ("epochs", 1),
             ("hidden", 1),
+            ("depth", 1),
             ("warmup", 0),
         ):
             if getattr(self, name) < least:
@@ -114,6 +117,7 @@ PRESETS = {
         warmup=10,
         grad_clip=1.0,
         hidden=16,
+        depth=1,
     ),
 }
 """Published hyper-parameters, from the paper's code where it is public; its group is as large as there were GPUs."""
@@ -178,7 +182,7 @@ class GRPOLearner(Learner):
         *,
         interval: int = 16,
         protection: Protection | None = None,
-        features: str = "foresight",
+        features: str = "pre-rope",
     ) -> None:
         self.config = config or GRPOConfig()
         self.episodes = Episodes(model, source, interval, protection or Protection(recent=interval))
@@ -327,7 +331,7 @@ class GRPOLearner(Learner):
             raise ValueError(f"init {init!r} is not a learned policy: give the directory of one with a scorer")
         model = self.episodes.model
         scorer, shape = copy.deepcopy(policy.scorer).to(model.device), HandedCache(model)
-        layers, heads, width, _ = scorer.shape
+        layers, heads, width = scorer.shape[:3]
         wanted = feature_set(policy.features).width(shape.head_dim, shape.groups)
         if (layers, heads, width) != (shape.num_layers, shape.kv_heads, wanted):
             raise ValueError(
@@ -339,7 +343,7 @@ class GRPOLearner(Learner):
     def _random(self, features: str) -> ScorerPolicy:
         """Return a policy of random weights, its input constants taken from a few decisions of its own."""
         config, seen = self.config, feature_set(features)
-        scorer, budget = self.episodes.scorer(seen, config.hidden, config.seed), max(config.budgets)
+        scorer, budget = self.episodes.scorer(seen, config.hidden, config.depth, config.seed), max(config.budgets)
         policy = ScorerPolicy(scorer, features)
         traces = self.episodes.draw(np.random.default_rng([config.seed, 2**32]), config.num_traces, budget)
         self.episodes.calibrate([(scorer, seen, "squashed")], policy, traces, budget)

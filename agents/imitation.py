@@ -47,7 +47,9 @@ class ImitationConfig:
     margin: float = 0.1
     """How much higher the better of two pairs must score in the pairwise losses (0.01 in the paper's code)."""
     hidden: int = 64
-    """Hidden units of the scorer (16 in the paper's code)."""
+    """Units of a hidden layer of the scorer (16 in the paper's code)."""
+    depth: int = 2
+    """Hidden layers of the scorer; one is the paper's, more are normalised."""
     inputs: Inputs = "squashed"
     """How the scorer takes features in: squashed by the inverse hyperbolic sine and standardised, standardised only, or
     raw, which costs a scorer that sees the position most of what it can; see experiments/results."""
@@ -63,7 +65,7 @@ class ImitationConfig:
     """Seed of the initial weights, traces and budgets."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_traces", 1), ("hidden", 1), ("warmup", 0)):
+        for name, least in (("num_traces", 1), ("hidden", 1), ("depth", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be at least {least}")
         if not 0 <= self.dagger <= 1:
@@ -76,7 +78,7 @@ class ImitationConfig:
 
 PRESETS = {
     "foresightkv": ImitationConfig(
-        updates=1000, num_traces=4, loss="pairwise", learning_rate=1e-2, margin=0.01, hidden=16
+        updates=1000, num_traces=4, loss="pairwise", learning_rate=1e-2, margin=0.01, hidden=16, depth=1
     ),
 }
 """Published hyper-parameters, from the papers' code where it is public."""
@@ -216,7 +218,7 @@ class ImitationLearner(Learner):
         *,
         interval: int = 16,
         protection: Protection | None = None,
-        features: str = "foresight",
+        features: str = "pre-rope",
     ) -> None:
         self.config, self.done = config or ImitationConfig(), 0
         self.episodes = Episodes(model, source, interval, protection or Protection(recent=interval))
@@ -290,7 +292,7 @@ class ImitationLearner(Learner):
     def _enrol(self, features: FeatureSet) -> list[Student]:
         """Return who learns; the first one is the policy."""
         config = self.config
-        return [Student(self.episodes.scorer(features, config.hidden, config.seed), features, config)]
+        return [Student(self.episodes.scorer(features, config.hidden, config.depth, config.seed), features, config)]
 
     def _rate(self) -> float:
         """Factor on the learning rate: linear warm-up, then a cosine down to a twentieth."""

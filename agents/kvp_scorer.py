@@ -17,50 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.base import Policy
+from agents.head_networks import HeadLinear, HeadNorm
 from agents.policy_files import read_policy, write_policy
+from kvenv.features import PLACES, log_norms, places
 from kvenv.rotary import Rotary
 from kvenv.state import LayerState
-
-OCTAVES = 3
-PLACES = 2 * (1 + 2 * OCTAVES)
-"""Numbers that tell where a pair is."""
-
-
-def places(positions: Tensor, ages: Tensor) -> Tensor:
-    """Return features (..., PLACES) of order 1 of absolute positions and ages, both (...) in tokens.
-
-    Logarithms, so that twice the length is one step further and not another world, and their waves, so that a small
-    network can tell one step from the next.
-    """
-    logs = torch.stack([torch.log2(1 + x.clamp(min=0).float()) / 8 for x in (positions, ages)], dim=-1)
-    angles = torch.cat([logs * (torch.pi * 2**octave) for octave in range(OCTAVES)], dim=-1)
-    return torch.cat([logs - 0.75, angles.sin(), angles.cos()], dim=-1)
-
-
-class HeadLinear(nn.Module):
-    """A linear layer with weights of its own for every (layer, KV head)."""
-
-    def __init__(self, heads: tuple[int, int], inputs: int, outputs: int, generator: torch.Generator | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(*heads, inputs, outputs, generator=generator) * inputs**-0.5)
-        self.bias = nn.Parameter(torch.zeros(*heads, 1, outputs))
-
-    def forward(self, x: Tensor, at: slice | int) -> Tensor:
-        """Map (N, L, H, C, inputs), or (N, H, C, inputs) of layer ``at``."""
-        return x @ self.weight[at] + self.bias[at]
-
-
-class HeadNorm(nn.Module):
-    """A layer normalisation with scale and shift of its own for every (layer, KV head)."""
-
-    def __init__(self, heads: tuple[int, int], width: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(*heads, 1, width))
-        self.shift = nn.Parameter(torch.zeros(*heads, 1, width))
-
-    def forward(self, x: Tensor, at: slice | int) -> Tensor:
-        """Normalise the last axis of (N, L, H, C, width), or (N, H, C, width) of layer ``at``."""
-        return F.layer_norm(x, x.shape[-1:]) * self.scale[at] + self.shift[at]
 
 
 class KVPScorer(nn.Module):
@@ -113,7 +74,7 @@ class KVPScorer(nn.Module):
     @torch.no_grad()
     def calibrate(self, keys: Tensor, values: Tensor) -> None:
         """Set the constants that standardise the norms from pairs (L, H, M, D)."""
-        norms = _log_norms(keys, values)
+        norms = log_norms(keys, values)
         self.mean.copy_(norms.mean(dim=2, keepdim=True))
         self.deviation.copy_(norms.std(dim=2, keepdim=True).clamp(min=1e-3))
 
@@ -137,7 +98,7 @@ class KVPScorer(nn.Module):
             Higher means keep.
         """
         at = slice(None) if layer is None else layer
-        norms = (_log_norms(keys, values) - self.mean[at]) / self.deviation[at]
+        norms = (log_norms(keys, values) - self.mean[at]) / self.deviation[at]
         turned = Rotary(self.inv_freq).rotate(keys.float(), -positions)
         embedded = [
             self.key_norm(self.key(turned, at), at),
@@ -148,11 +109,6 @@ class KVPScorer(nn.Module):
         x = F.silu(self.first_norm(self.first(x, at), at))
         x = F.silu(self.second_norm(self.second(x, at), at))
         return self.last(x, at).squeeze(-1)
-
-
-def _log_norms(keys: Tensor, values: Tensor) -> Tensor:
-    """Return the logarithms (..., C, 2) of the norms of keys and values."""
-    return torch.stack([x.float().norm(dim=-1).clamp(min=1e-6).log() for x in (keys, values)], dim=-1)
 
 
 class KVPPolicy(Policy):

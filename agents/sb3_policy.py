@@ -167,7 +167,7 @@ class KVRankingPolicy(ActorCriticPolicy):
             )
         self.scorer.load_state_dict(policy.scorer.state_dict())
         with torch.no_grad():
-            self.scorer.second.div_(temperature)
+            self.scorer.last.div_(temperature)
 
     def ranking_policy(self, features: str, name: str = "ppo", training: dict[str, Any] | None = None) -> ScorerPolicy:
         """Return a copy of the actor as a policy for rollouts and evaluation, which saves without pickles.
@@ -195,7 +195,7 @@ class KVRankingPolicy(ActorCriticPolicy):
         self.trace_length = int(space["positions"].high.max()) + 1
         self.scorer = Scorer(layers, heads, width, self.hidden)
         with torch.no_grad():
-            self.scorer.second.mul_(0.01)  # as SB3's own policies: the first rankings are nearly uniform
+            self.scorer.last.mul_(0.01)  # as SB3's own policies: the first rankings are nearly uniform
         inputs = 2 * width + 1 + layers * heads
         self.critic = nn.Sequential(nn.Linear(inputs, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 1))
         make = cast(Callable[..., torch.optim.Optimizer], self.optimizer_class)

@@ -1,14 +1,17 @@
-"""A learned policy: one small MLP per (layer, KV head) that scores cached pairs (ForesightKV, arXiv 2602.03203)."""
+"""A learned policy: one small network per (layer, KV head) that scores cached pairs (ForesightKV, arXiv 2602.03203)."""
 
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from agents.base import Policy
+from agents.head_networks import At, HeadLinear, HeadNorm
 from agents.policy_files import read_policy, write_policy
 from kvenv.features import feature_set
 from kvenv.state import LayerState
@@ -26,7 +29,9 @@ def _asinh(x: Tensor) -> Tensor:
 
 
 class Scorer(nn.Module):
-    """F features -> hidden GELU units -> 1 score, with weights of its own for every (layer, KV head).
+    """F features -> one or more hidden layers -> 1 score, with weights of its own for every (layer, KV head).
+
+    One hidden layer is the paper's: GELU units. Of several, each is normalised (layer normalisation, SiLU), as in KVP.
 
     Inputs are squashed and standardised per (layer, head, feature) with constants that :meth:`calibrate` takes from
     data. Unlike a normalisation over features this keeps the norms of keys and values, and the inverse hyperbolic sine
@@ -37,7 +42,9 @@ class Scorer(nn.Module):
     layers, heads, features : int
         L, H, F.
     hidden : int
-        Units of the hidden layer; the paper's code has 16.
+        Units of a hidden layer; the paper's code has 16.
+    depth : int
+        Hidden layers.
     generator : torch.Generator, optional
         Draws the initial weights; the global one if not given.
     """
@@ -48,14 +55,21 @@ class Scorer(nn.Module):
     deviation: Tensor
 
     def __init__(
-        self, layers: int, heads: int, features: int, hidden: int = 16, generator: torch.Generator | None = None
+        self,
+        layers: int,
+        heads: int,
+        features: int,
+        hidden: int = 16,
+        depth: int = 1,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.shape = (layers, heads, features, hidden)
-        first, second = (layers, heads, features, hidden), (layers, heads, hidden, 1)
-        self.first = nn.Parameter(torch.randn(first, generator=generator) * features**-0.5)
-        self.first_bias = nn.Parameter(torch.zeros(layers, heads, 1, hidden))
-        self.second = nn.Parameter(torch.randn(second, generator=generator) * hidden**-0.5)
+        self.shape = (layers, heads, features, hidden, depth)
+        each, widths = (layers, heads), [features, *[hidden] * depth]
+        self.hidden = nn.ModuleList(HeadLinear(each, *sizes, generator) for sizes in pairwise(widths))
+        self.norms = nn.ModuleList(HeadNorm(each, hidden) for _ in range(depth if depth > 1 else 0))
+        # No bias: what is added to all scores of a decision changes no ranking.
+        self.last = nn.Parameter(torch.randn(*each, hidden, 1, generator=generator) * hidden**-0.5)
         for name, value in (("centre", 0.0), ("scale", 1.0), ("mean", 0.0), ("deviation", 1.0)):
             self.register_buffer(name, torch.full((layers, heads, 1, features), value))
 
@@ -72,7 +86,7 @@ class Scorer(nn.Module):
         inputs : {"squashed", "standardised", "raw"}
             For comparisons: "standardised" doesn't squash, "raw" leaves features as they are.
         """
-        layers, heads, width, _ = self.shape
+        layers, heads, width = self.shape[:3]
         rows = features.float().permute(1, 2, 0, 3, 4).reshape(layers, heads, -1, width)
         chosen = filled.permute(1, 2, 0, 3).reshape(layers, heads, -1)
         x = rows[chosen].view(layers, heads, -1, width)
@@ -93,8 +107,9 @@ class Scorer(nn.Module):
     def part(self, layer: int) -> Scorer:
         """Return the scorer of one layer, its layer 0; it shares memory with this one, which learns with it."""
         part = Scorer(1, *self.shape[1:])
+        own = dict((*part.named_parameters(), *part.named_buffers()))
         for name, whole in (*self.named_parameters(), *self.named_buffers()):
-            getattr(part, name).data = whole.data[layer : layer + 1]
+            own[name].data = whole.data[layer : layer + 1]
         return part
 
     def forward(self, features: Tensor, layer: int | tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -112,11 +127,14 @@ class Scorer(nn.Module):
         Tensor (N, L, H, C), or (N, H, C), or (B, C)
             Higher means keep.
         """
-        at = slice(None) if layer is None else layer
+        at: At = slice(None) if layer is None else layer
         squashed = _asinh((features.float() - self.centre[at]) / self.scale[at])
         x = (squashed - self.mean[at]) / self.deviation[at]
-        hidden = nn.functional.gelu(x @ self.first[at] + self.first_bias[at])
-        return (hidden @ self.second[at]).squeeze(-1)
+        if not self.norms:
+            x = F.gelu(self.hidden[0](x, at))
+        for hidden, norm in zip(self.hidden, self.norms):
+            x = F.silu(norm(hidden(x, at), at))
+        return (x @ self.last[at]).squeeze(-1)
 
 
 class ScorerPolicy(Policy):
@@ -151,7 +169,7 @@ class ScorerPolicy(Policy):
             If the model isn't of the shape that the scorer was built for.
         """
         features = self._set.compute(state)
-        layers, heads, width, _ = self.scorer.shape
+        layers, heads, width = self.scorer.shape[:3]
         if state.layer >= layers or features.shape[1] != heads or features.shape[-1] != width:
             raise ValueError(
                 f"policy {self.name!r} was trained for {layers} layers x {heads} KV heads with {width} features; "
@@ -183,11 +201,16 @@ class ScorerPolicy(Policy):
         """
 
         def build(description: dict[str, Any]) -> ScorerPolicy:
-            layers, heads, features, hidden = (int(size) for size in description["shape"])
-            scorer = Scorer(layers, heads, features, hidden)
+            scorer = Scorer(*_five(description["shape"]))
             return cls(scorer, str(description["features"]), str(description["name"]), description.get("training"))
 
         return read_policy(directory, "a scorer", build, device)
+
+
+def _five(shape: list[Any]) -> tuple[int, int, int, int, int]:
+    """Return a scorer's shape from JSON."""
+    layers, heads, features, hidden, depth = (int(size) for size in shape)
+    return layers, heads, features, hidden, depth
 
 
 def load_policy(directory: str | os.PathLike[str], device: str = "cpu") -> ScorerPolicy:

@@ -153,7 +153,7 @@ class Classroom(ImitationLearner):
 
     def _enrol(self, features: FeatureSet) -> list[Student]:
         return [
-            Student(self.episodes.scorer(seen, config.hidden, config.seed), seen, config)
+            Student(self.episodes.scorer(seen, config.hidden, config.depth, config.seed), seen, config)
             for config, seen in zip(self.configs, (feature_set(x.features) for x in self.variants), strict=True)
         ]
 

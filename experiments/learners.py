@@ -46,8 +46,8 @@ class DecodingArgs:
 class RolloutArgs(DecodingArgs):
     """Decoding, and what the policy sees."""
 
-    features: str = "foresight"
-    """What the policy sees: kv, foresight, stats or a registered name; a policy to start from has its own."""
+    features: str = "pre-rope"
+    """What the policy sees: kv, foresight, pre-rope, stats or a registered name; a policy to start from has its own."""
 
     def learn_with(self, kind: Any, config: Any) -> Any:
         """Return a learner by rollouts, of class ``kind``, at its start."""
@@ -208,8 +208,8 @@ LEARNERS: dict[str, type[LearnerArgs]] = {kind.name: kind for kind in (Imitation
 """What can be trained."""
 
 PRESETS: dict[tuple[str, str], LearnerArgs] = {
-    ("imitation", "foresightkv"): Imitation(learner=imitation.PRESETS["foresightkv"]),
-    ("grpo", "foresightkv"): GRPO(learner=grpo.PRESETS["foresightkv"]),
+    ("imitation", "foresightkv"): Imitation(RolloutArgs(features="foresight"), imitation.PRESETS["foresightkv"]),
+    ("grpo", "foresightkv"): GRPO(RolloutArgs(features="foresight"), grpo.PRESETS["foresightkv"]),
     ("kvp", "kvp"): KVP(learner=kvp.PRESETS["kvp"]),
 }
 """Published hyper-parameters by learner and name; budgets and intervals are ours, at the papers' scale nothing fits."""

@@ -110,9 +110,10 @@ class EvictingCache(HandedCache):
         self.statistics = (
             WindowStatistics(shape, self.groups, precise, device) if {"stats", "last_attention"} & self.needs else None
         )
+        self.rotary = Rotary.of(model)
         self.moments = (
             QueryMoments(
-                (self.num_layers, rows, self.kv_heads, self.groups), self.head_dim, Rotary.of(model), precise, device
+                (self.num_layers, rows, self.kv_heads, self.groups), self.head_dim, self.rotary, precise, device
             )
             if "query_moments" in self.needs
             else None
@@ -182,7 +183,7 @@ class EvictingCache(HandedCache):
             query_valid=self.query_valid if "queries" in wanted else None,
             query_mean=moments.mean(layer) if moments else None,
             query_cov=moments.covariance(layer) if moments else None,
-            rotary=moments.rotary if moments else None,
+            rotary=self.rotary,
             future=self.future.at(layer, positions, upcoming) if self.future else None,
             expected_future=self.expected_future.at(layer, positions, upcoming) if self.expected_future else None,
             noise=self._noise(layer, positions, upcoming) if "noise" in wanted else None,

@@ -56,6 +56,7 @@ class KVEvictEnv(gymnasium.Env[Observation, np.ndarray]):
     | --- | --- | --- |
     | ``kv`` | 2D + 1 | key, value, position (KVP's view) |
     | ``foresight`` | 2D + 8G | key, value, 8 attention statistics per query head (ForesightKV's view) |
+    | ``pre-rope`` | 2D + 8G + 16 | the same, but keys without their rotary phase; norms, position and age |
     | ``stats`` | 12 | norms, position, age, the statistics averaged over the group: for stock RL libraries |
 
     The statistics are those of the attention that a pair got in the last window: max, min, sum over its queries, sums

@@ -149,8 +149,47 @@ def stats(state: LayerState) -> Tensor:
     return torch.stack([*norms, *places, *relative], dim=-1)
 
 
+OCTAVES = 3
+PLACES = 2 * (1 + 2 * OCTAVES)
+"""Numbers that tell where a pair is."""
+
+
+def places(positions: Tensor, ages: Tensor) -> Tensor:
+    """Return features (..., PLACES) of order 1 of absolute positions and ages, both (...) in tokens.
+
+    Logarithms, so that twice the length is one step further and not another world, and their waves, so that a small
+    network can tell one step from the next.
+    """
+    logs = torch.stack([torch.log2(1 + x.clamp(min=0).float()) / 8 for x in (positions, ages)], dim=-1)
+    angles = torch.cat([logs * (torch.pi * 2**octave) for octave in range(OCTAVES)], dim=-1)
+    return torch.cat([logs - 0.75, angles.sin(), angles.cos()], dim=-1)
+
+
+def log_norms(keys: Tensor, values: Tensor) -> Tensor:
+    """Return the logarithms (..., C, 2) of the norms of keys and values."""
+    return torch.stack([x.float().norm(dim=-1).clamp(min=1e-6).log() for x in (keys, values)], dim=-1)
+
+
+def pre_rope(state: LayerState) -> Tensor:
+    """Key without its rotary phase, value, eight attention statistics per query head, norms, places.
+
+    F = 2D + 8G + 2 + :data:`PLACES`. What a rotated key says depends on where it stands; turned back to position 0 it
+    says what the token is, and the places tell the rest.
+    """
+    if state.rotary is None:
+        raise ValueError("the features read state.rotary, which is None: take the state of a cache")
+    statistics = _needed(state).transpose(2, 3).flatten(3).float()
+    keys = state.rotary.unrotate(state.keys.float(), state.positions)
+    ages = state.next_position[:, None, None] - state.positions
+    where = places(state.positions, ages)
+    return torch.cat([keys, state.values.float(), statistics, log_norms(state.keys, state.values), where], dim=-1)
+
+
 register_features("kv", kv, lambda head_dim, groups: 2 * head_dim + 1)
 register_features("foresight", foresight, lambda head_dim, groups: 2 * head_dim + 8 * groups, frozenset({"stats"}))
+register_features(
+    "pre-rope", pre_rope, lambda head_dim, groups: 2 * head_dim + 8 * groups + 2 + PLACES, frozenset({"stats"})
+)
 register_features("stats", stats, len(STATS_FEATURES), frozenset({"stats"}))
 
 

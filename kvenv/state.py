@@ -49,8 +49,10 @@ class LayerState:
         Attention probabilities of the newest query.
     queries : Tensor (N, H, G, W, D) or None
         The last window's rotated queries; ``query_valid`` (N, W) bool says which columns exist.
+    rotary : Rotary or None
+        The LLM's rotary embedding, which turns keys back to position 0 and queries anywhere.
     query_mean, query_cov : Tensor (N, H, G, D) and (N, H, G, D, D), or None
-        Moments of all queries so far, rotated back to position 0; ``rotary`` rotates them anywhere else.
+        Moments of all queries so far, rotated back to position 0.
     future : Tensor (N, H, C) or None
         Golden utility of each cached pair; exists only where the trace is known.
     expected_future : Tensor (N, H, C) or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.environments import BUDGET, INTERVAL, single, trace, vector
 from tests.policies import Random, kvenv_model
 
 
-@pytest.mark.parametrize("features", ["kv", "foresight", "stats"])
+@pytest.mark.parametrize("features", ["kv", "foresight", "pre-rope", "stats"])
 def test_features_say_what_the_state_says(features: str) -> None:
     env = single(features=features)
     observation, _ = env.reset(seed=0, options={"trace": 1, "budget": 15})
@@ -47,6 +48,18 @@ def plain(features: str, state: LayerState, head: int, slot: int) -> list[float]
     if features == "foresight":
         return [*key, *value, *(x for numbers in per_query_head for x in numbers)]
     age = int(state.next_position[0]) - position
+    if features == "pre-rope":
+        norms = [math.log(math.hypot(*x)) for x in (key, value)]
+        logs = [math.log2(1 + x) / 8 for x in (position, age)]
+        angles = [x * math.pi * 2**octave for octave in range(3) for x in logs]
+        where = [*(x - 0.75 for x in logs), *map(math.sin, angles), *map(math.cos, angles)]
+        return [
+            *turned_back(key, position),
+            *value,
+            *(x for numbers in per_query_head for x in numbers),
+            *norms,
+            *where,
+        ]
     slots = state.positions.shape[-1]
     mean = {name: sum(numbers[i] for numbers in per_query_head) / 2 for i, name in enumerate(STATS)}
     window = state.interval
@@ -59,6 +72,14 @@ def plain(features: str, state: LayerState, head: int, slot: int) -> list[float]
         math.log2(1 + age) / 16,
         *(math.log1p(slots * mean[name] / spans[name]) for name in STATS),
     ]
+
+
+def turned_back(key: list[float], position: int) -> list[float]:
+    """Return a key at position 0: dimensions i and i + D/2 are a complex number that turned by position * theta_i."""
+    half = len(key) // 2
+    theta = kvenv_model().config.rope_parameters["rope_theta"]
+    turned = [complex(key[i], key[i + half]) * cmath.exp(-1j * position * theta ** (-i / half)) for i in range(half)]
+    return [x.real for x in turned] + [x.imag for x in turned]
 
 
 def test_stats_are_few_and_of_order_one() -> None:

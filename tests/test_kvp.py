@@ -15,9 +15,10 @@ from torch import Tensor
 import agents
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.kvp import PRESETS, KVPConfig, KVPLearner, leave_one_out, returns
-from agents.kvp_scorer import PLACES, KVPPolicy, KVPScorer, places
+from agents.kvp_scorer import KVPPolicy, KVPScorer
 from agents.learner import State
 from kvenv import plackett_luce
+from kvenv.features import PLACES, places
 from kvenv.layerwise import rollout
 from kvenv.models import LoadedModel
 from kvenv.rank_env import KVRankEnv, least_cost

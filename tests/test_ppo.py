@@ -80,7 +80,7 @@ def test_the_executed_eviction_is_the_one_whose_log_probability_is_in_the_buffer
     env.set_options([{"budget": budget} for budget in (16, BUDGET) for _ in range(LAYERS_HEADS)])
     model = ppo(env, learning_rate=0.0)
     with torch.no_grad():
-        model.policy.scorer.second *= 300  # far from uniform, or a wrong order would do
+        model.policy.scorer.last *= 300  # far from uniform, or a wrong order would do
     model.learn(model.n_steps * env.num_envs, callback=recorder)
     seen = recorder.observations
     assert set(seen["positions"].max(axis=-1)[0]) == {16 + INTERVAL - 1, BUDGET + INTERVAL - 1}
@@ -428,4 +428,4 @@ def test_it_starts_where_another_policy_ended(tmp_path: Path) -> None:
         first.model.predict(observation, deterministic=True)[0],
         second.model.predict(observation, deterministic=True)[0],
     )
-    torch.testing.assert_close(second.policy.scorer.second, 2 * first.policy.scorer.second)
+    torch.testing.assert_close(second.policy.scorer.last, 2 * first.policy.scorer.last)
