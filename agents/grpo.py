@@ -43,7 +43,7 @@ from kvenv.traces import Trace, TraceSource
 class GRPOConfig:
     """Hyper-parameters of GRPO."""
 
-    updates: int = 250
+    updates: int = 50
     """Updates; each makes new rollouts."""
     init: str = ""
     """Policy to start from, a name or a directory, e.g. an imitation run's; if empty, random weights."""
@@ -55,13 +55,13 @@ class GRPOConfig:
     """Gradient steps on the rollouts of an update; beyond the first, ratios differ from 1 and are clipped."""
     budgets: tuple[int, ...] = (64,)
     """Budgets that updates draw from, one each."""
-    reward: str = "foresight"
+    reward: str = "lm_loss_increase"
     """What a window is paid: foresight, lm_loss, lm_loss_increase, answer_loss or a registered name."""
     credit: Literal["trajectory", "window"] = "window"
     """What a decision is credited with: the trajectory's return (the paper), or what is paid from its window on."""
-    temperature: float = 0.05
-    """Of the sampled evictions: logits are -score / temperature. It goes with the scale of the scores: 0.05 suits
-    imitation's pairwise losses, 0.5 its likelihood, 1 random weights."""
+    temperature: float = 0.3
+    """Of the sampled evictions: logits are -score / temperature. It goes with the scale of the scores: 0.3 suits
+    imitation's cost, 0.05 its pairwise losses, 0.5 its likelihood, 1 random weights."""
     clip: float = 0.2
     """How far from 1 the ratio of a pick pays."""
     kl: float = 0.05
@@ -110,6 +110,7 @@ PRESETS = {
         epochs=1,
         reward="foresight",
         credit="trajectory",
+        temperature=0.05,
         clip=0.2,
         kl=0.05,
         kl_updates=100,

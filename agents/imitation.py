@@ -32,17 +32,18 @@ from kvenv.traces import TraceSource
 class ImitationConfig:
     """Hyper-parameters of imitation."""
 
-    updates: int = 200
+    updates: int = 100
     """Updates; each leads its traces from the first decision to the last and takes a gradient step at every one."""
     num_traces: int = 16
     """Traces of an update. A mixture's families come in turn: choose a multiple of their number."""
-    loss: LossName = "pairwise-weighted"
-    """How golden's order is learnt: a hinge on pairs, weighted by how much their order matters or all alike
-    (ForesightKV's paper), regression on the logarithm of the utility, shares of utility as a distribution (ListNet), or
-    the likelihood of golden's order under the Plackett-Luce model (ListMLE)."""
-    learning_rate: float = 1e-2
-    """Adam's step size after the warm-up; falls to a tenth by a cosine."""
-    warmup: int = 10
+    loss: LossName = "cost"
+    """How golden's order is learnt: the cost over all budgets of rankings drawn by the scores (KVP's reward in closed
+    form), a hinge on pairs, weighted by how much their order matters or all alike (ForesightKV's paper), regression on
+    the logarithm of the utility, shares of utility as a distribution (ListNet), or the likelihood of golden's order
+    under the Plackett-Luce model (ListMLE)."""
+    learning_rate: float = 6e-3
+    """Adam's step size after the warm-up; falls to a twentieth by a cosine."""
+    warmup: int = 5
     """Updates of linear warm-up."""
     margin: float = 0.1
     """How much higher the better of two pairs must score in the pairwise losses (0.01 in the paper's code)."""
@@ -57,9 +58,10 @@ class ImitationConfig:
     """Largest norm of the gradient."""
     budgets: tuple[int, ...] = (64,)
     """Budgets that updates draw from, one each."""
-    dagger: float = 0.0
-    """Share of traces in which the scorer evicts (DAgger); golden does in the others. Labels are always golden's."""
-    dagger_ramp: int = 50
+    dagger: float = 1.0
+    """Share of traces in which the scorer evicts (DAgger); golden does in the others. Labels are always golden's. What
+    golden kept says what will be asked: a scorer that learns from golden's caches alone trusts whatever has stayed."""
+    dagger_ramp: int = 5
     """Updates over which that share rises from 0."""
     seed: int = 0
     """Seed of the initial weights, traces and budgets."""
@@ -78,7 +80,7 @@ class ImitationConfig:
 
 PRESETS = {
     "foresightkv": ImitationConfig(
-        updates=1000, num_traces=4, loss="pairwise", learning_rate=1e-2, margin=0.01, hidden=16, depth=1
+        updates=1000, num_traces=4, loss="pairwise", learning_rate=1e-2, margin=0.01, hidden=16, depth=1, dagger=0.0
     ),
 }
 """Published hyper-parameters, from the papers' code where it is public."""

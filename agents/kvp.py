@@ -30,7 +30,7 @@ from kvenv.store import RecordedTrace
 class KVPConfig:
     """Hyper-parameters of KVP."""
 
-    updates: int = 500
+    updates: int = 1500
     """Gradient steps."""
     batch_size: int = 8
     """Recorded traces in an update, each with a cut of its own."""
@@ -52,7 +52,7 @@ class KVPConfig:
     """Decay of the running mean of the weights, which is the policy."""
     embedding: int = 32
     """Width of the projections of key and value."""
-    hidden: int = 64
+    hidden: int = 128
     """Units of the two hidden layers."""
     seed: int = 0
     """Seed of the initial weights, the batches and the rankings."""

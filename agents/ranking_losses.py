@@ -11,7 +11,28 @@ from torch import Tensor
 from kvenv import plackett_luce
 from kvenv.ranking import eviction_order
 
-LossName = Literal["pairwise-weighted", "pairwise", "regression", "listwise", "likelihood"]
+LossName = Literal["cost", "pairwise-weighted", "pairwise", "regression", "listwise", "likelihood"]
+
+
+def expected_cost(scores: Tensor, utility: Tensor, mask: Tensor) -> Tensor:
+    """Return the cost over all budgets that rankings drawn by the scores are expected to have (KVP's reward, negative).
+
+    Under the Plackett-Luce model a pair goes before another with the probability that the two alone would give, so that
+    the mean over all rankings has a closed form: no ranking is drawn. Parameters are those of :func:`pairwise_hinge`.
+
+    Returns
+    -------
+    Tensor ()
+        Over the cost of golden's order: 1 is the best; mean over the decisions in which any pair is of use.
+    """
+    worth = torch.where(mask, utility.to(scores.dtype).clamp(min=0), 0.0)
+    before = (scores[..., None, :] - scores[..., :, None]).sigmoid() * mask[..., None, :]
+    # A pair counts as before itself with one half: ranks begin at 1.
+    cost = (worth * (0.5 + before.sum(dim=-1))).sum(dim=-1)
+    best = worth.sort(dim=-1, descending=True).values
+    least = (best * torch.arange(1, best.shape[-1] + 1, device=best.device)).sum(dim=-1)
+    useful = least > 0
+    return torch.where(useful, cost / least.clamp(min=1e-8), 0.0).sum() / useful.sum().clamp(min=1)
 
 
 def pairwise_hinge(scores: Tensor, utility: Tensor, mask: Tensor, margin: float, weighted: bool = True) -> Tensor:
@@ -80,6 +101,7 @@ def likelihood(scores: Tensor, utility: Tensor, mask: Tensor, positions: Tensor)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
+    "cost": lambda scores, utility, mask, _, __: expected_cost(scores, utility, mask),
     "pairwise-weighted": lambda scores, utility, mask, _, margin: pairwise_hinge(scores, utility, mask, margin),
     "pairwise": lambda scores, utility, mask, _, margin: pairwise_hinge(scores, utility, mask, margin, False),
     "regression": lambda scores, utility, mask, _, __: regression(scores, utility, mask),

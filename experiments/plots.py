@@ -72,7 +72,7 @@ Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
 """Updates, seconds of training, values."""
 
 
-def plot_curves(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
+def plot_curves(panels: Mapping[str, Mapping[str, Curve]], path: Path, clock: str = "updates") -> None:
     """Draw training curves, a row of panels by update above the same by wall clock.
 
     Parameters
@@ -81,6 +81,8 @@ def plot_curves(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
         Curves by what is measured and by run.
     path : Path
         The PNG.
+    clock : str
+        What the curves' steps are.
 
     Raises
     ------
@@ -93,12 +95,12 @@ def plot_curves(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
     colours = {name: COLOURS(number % COLOURS.N) for number, name in enumerate(names)}
     figure = Figure(figsize=(4.5 * len(panels) + 1.5, 7), layout="constrained")
     for number, (label, curves) in enumerate(panels.items(), start=1):
-        for row, clock in enumerate(("updates", "minutes of training")):
+        for row, axis in enumerate((clock, "minutes of training")):
             axes = figure.add_subplot(2, len(panels), row * len(panels) + number)
             for name, (steps, seconds, values) in curves.items():
                 at = np.asarray(seconds) / 60 if row else steps
                 axes.plot(at, values, marker="o", markersize=2, linewidth=1, color=colours[name], label=name)
-            axes.set(xlabel=clock, ylabel=label)
+            axes.set(xlabel=axis, ylabel=label)
     handles = [figure.axes[0].plot([], [], color=colours[name])[0] for name in names]
     figure.legend(handles, names, fontsize="small", loc="outside lower center", ncols=4)
     save(figure, path)

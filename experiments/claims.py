@@ -1,0 +1,248 @@
+"""What the claims are measured with: every training and every evaluation as a job, and what they wrote.
+
+One policy per learner and seed, trained on all four families with the budget drawn per episode; one KVP per family and
+one on short traces for transfer; everything measured on the same test traces, and on validation traces for choosing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import agents
+from agents.grpo import GRPOConfig
+from agents.imitation import ImitationConfig
+from agents.kvp import KVPConfig
+from agents.ppo import PPOConfig
+from experiments import evaluate, record
+from experiments.jobs import Job
+from experiments.learners import GRPO, KVP, PPO, DecodingArgs, Imitation, LearnerArgs, PaidArgs, RolloutArgs, RunArgs
+from experiments.runs import CONFIG, POLICY
+from experiments.train import train
+from kvenv.evaluation import FULL, Row
+from kvenv.evaluation import evaluate as evaluate_policies
+from kvenv.files import write_atomic
+from kvenv.models import load_model
+from kvenv.traces import load_traces
+
+FAMILIES = ("recall", "tracking", "dialogue", "reasoning")
+LEARNERS = ("imitation", "grpo", "kvp", "ppo")
+EXPECTED = "golden-expected"
+SHORT, LONG = 256, 1024
+"""Tokens of the traces that one KVP is trained on, and of those it is tested on."""
+MIDDLE = 64
+"""The budget at which transfer and ppo are measured."""
+
+
+def heuristics() -> list[str]:
+    """Return the causal policies that nobody trained."""
+    return [name for name in agents.names() if not name.startswith("golden") and not name.endswith("-tiny")]
+
+
+def attention_free() -> list[str]:
+    """Return the heuristics that see no attention."""
+    return [name for name in heuristics() if agents.make(name).needs <= {"noise"}]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and measured; the defaults are the claims', smaller ones are for trying it out.
+
+    Attributes
+    ----------
+    seeds : tuple of int
+        Of the trainings.
+    budgets : tuple of int
+        Measured, and drawn from in training.
+    num_traces : int
+        Test traces of each family.
+    validation_traces : int
+        Validation traces of each family, which choose what stands for the best.
+    expected_traces : int
+        Test traces of each family on which golden-expected is measured, too.
+    store_traces : int
+        Recorded traces that kvp learns from.
+    updates : tuple of int
+        Of imitation, grpo, kvp and ppo.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    budgets: tuple[int, ...] = (32, 48, 64, 96)
+    num_traces: int = 200
+    validation_traces: int = 16
+    expected_traces: int = 16
+    store_traces: int = 1000
+    updates: tuple[int, int, int, int] = (100, 50, 1500, 50)
+
+
+class Plan:
+    """All jobs of the claims, and the rows that they wrote.
+
+    Parameters
+    ----------
+    out : Path
+        Where everything is: ``runs/``, ``stores/``, ``rows/``, ``done/`` and ``times.json``.
+    size : Size
+        How much.
+    """
+
+    def __init__(self, out: Path, size: Size) -> None:
+        self.out, self.size = out, size
+
+    def run(self, learner: str, seed: int) -> Path:
+        """Return the directory of a training."""
+        return self.out / "runs" / f"{learner}-{seed}"
+
+    def jobs(self) -> list[Job]:
+        """Return all jobs; what others wait for comes first."""
+        size = self.size
+        stores = [self._store("all", "+".join(FAMILIES)), *(self._store(family, family) for family in FAMILIES)]
+        stores.append(self._store("short", "+".join(FAMILIES), SHORT))
+        trained = [self._training(learner, seed) for seed in size.seeds for learner in LEARNERS]
+        trained += [self._transfer(family) for family in (*FAMILIES, "short")]
+        return [*stores, *trained, *self._initial(), *self._measurements()]
+
+    def rows(self, split: str) -> list[Row]:
+        """Return what was measured on a split's traces; a row's seed is that of the training."""
+        return [row for path in sorted((self.out / "rows").glob(f"{split}-*.json")) for row in evaluate.read_rows(path)]
+
+    def tokens(self, learner: str) -> int:
+        """Return how many tokens an update of grpo or ppo decodes."""
+        args = self.arguments(learner, 0)
+        rows = args.learner.num_traces * args.learner.group if learner == "grpo" else args.env.num_envs
+        return int(rows * args.env.trace_length)
+
+    def arguments(self, learner: str, seed: int) -> LearnerArgs:
+        """Return the arguments of a training."""
+        size = self.size
+        imitation, grpo, kvp, ppo = size.updates
+        kept: dict[str, Any] = {"eval_budgets": size.budgets, "out": self.run(learner, seed)}
+        if learner == "imitation":
+            own = ImitationConfig(updates=imitation, budgets=size.budgets, seed=seed)
+            return Imitation(RolloutArgs(), own, RunArgs(eval_every=max(1, imitation // 5), save_every=10, **kept))
+        if learner == "grpo":
+            start = str(self.run("imitation", seed) / POLICY)
+            config = GRPOConfig(updates=grpo, budgets=size.budgets, init=start, seed=seed)
+            return GRPO(RolloutArgs(), config, RunArgs(eval_every=max(1, grpo // 10), save_every=10, **kept))
+        if learner == "kvp":
+            run = RunArgs(eval_every=max(1, kvp // 4), save_every=100, **kept)
+            return KVP(DecodingArgs(), KVPConfig(updates=kvp, seed=seed), run, self.out / "stores" / "all")
+        learner_ppo = PPOConfig(updates=ppo, budgets=size.budgets, seed=seed)
+        run = RunArgs(eval_every=max(1, ppo // 10), save_every=10, **kept)
+        return PPO(PaidArgs(budget=max(size.budgets)), learner_ppo, run)
+
+    def _store(self, name: str, traces: str, length: int = 512) -> Job:
+        count = self.size.store_traces if name in ("all", "short") else self.size.store_traces // 2
+        args = record.Args(out=self.out / "stores" / name, traces=traces, num_traces=count, trace_length=length)
+        return self._job(f"store-{name}", record_store, args)
+
+    def _training(self, learner: str, seed: int) -> Job:
+        after = {"grpo": (f"imitation-{seed}",), "kvp": ("store-all",)}.get(learner, ())
+        return self._job(f"{learner}-{seed}", train_whole, self.arguments(learner, seed), after=after)
+
+    def _transfer(self, name: str) -> Job:
+        """Return the training, half as long, of a KVP that sees one family only, or short traces only."""
+        args: Any = self.arguments("kvp", self.size.seeds[0])
+        run = replace(args.run, out=self.out / "runs" / f"kvp-{name}", eval_every=0)
+        fewer = replace(args.learner, updates=max(1, args.learner.updates // 2))
+        args = replace(args, store=self.out / "stores" / name, run=run, learner=fewer)
+        return self._job(f"kvp-{name}", train_whole, args, after=(f"store-{name}",))
+
+    def _initial(self) -> list[Job]:
+        """Return the jobs that save what PPO starts from."""
+        return [
+            self._job(f"ppo-initial-{seed}", save_initial, self.arguments("ppo", seed), self.run("ppo-initial", seed))
+            for seed in self.size.seeds
+        ]
+
+    def _measurements(self) -> list[Job]:
+        size = self.size
+        test = evaluate.Args(budgets=size.budgets, traces=FAMILIES, num_traces=size.num_traces, batch_size=32)
+        validation = replace(test, split="validation", num_traces=size.validation_traces)
+        expected = replace(test, num_traces=size.expected_traces, batch_size=8)
+        largest = max(size.budgets)
+        middle = replace(test, budgets=(MIDDLE,), score_from=largest + test.interval)
+        far = replace(middle, trace_length=LONG)
+        jobs = [self._measurement(EXPECTED, expected, EXPECTED)]
+        for learner in LEARNERS:
+            for seed in size.seeds:
+                policy, after = str(self.run(learner, seed) / POLICY), (f"{learner}-{seed}",)
+                jobs += [self._measurement(policy, args, learner, seed, after) for args in (validation, test)]
+        jobs += [
+            self._measurement(str(self.run("ppo-initial", seed)), test, "ppo-initial", seed, (f"ppo-initial-{seed}",))
+            for seed in size.seeds
+        ]
+        jobs += [
+            self._measurement(name, args, name)
+            for name in (*heuristics(), "golden", FULL)
+            for args in (validation, test)
+        ]
+        for name in (*FAMILIES, "short"):
+            policy, after = str(self.out / "runs" / f"kvp-{name}" / POLICY), (f"kvp-{name}",)
+            jobs.append(self._measurement(policy, middle, f"kvp-{name}", after=after))
+        seed = size.seeds[0]
+        whole, short = self.run("kvp", seed) / POLICY, self.out / "runs" / "kvp-short" / POLICY
+        jobs.append(self._measurement(str(whole), far, "kvp", after=(f"kvp-{seed}",), where="long"))
+        jobs.append(self._measurement(str(short), far, "kvp-short", after=("kvp-short",), where="long"))
+        for name in (*attention_free(), "golden", FULL):
+            jobs.append(self._measurement(name, far, name, where="long"))
+        return jobs
+
+    def _measurement(
+        self,
+        policy: str,
+        args: evaluate.Args,
+        name: str,
+        seed: int = 0,
+        after: tuple[str, ...] = (),
+        where: str = "",
+    ) -> Job:
+        label = f"{where or args.split}-{name}-{seed}"
+        path = self.out / "rows" / f"{label}.json"
+        return Job(label, measure, (replace(args, policies=(policy,)), name, seed, path), path, after)
+
+    def _job(self, name: str, work: Callable[..., None], *arguments: object, after: tuple[str, ...] = ()) -> Job:
+        result = self.out / "done" / name
+        return Job(name, work, (*arguments, result), result, after)
+
+
+def record_store(args: record.Args, result: Path) -> None:
+    """Record a trace store, or what it lacks."""
+    record.record_store(args)
+    write_atomic(result, "")
+
+
+def train_whole(args: LearnerArgs, result: Path) -> None:
+    """Train, or go on where a training was interrupted."""
+    begun = (args.run.out / CONFIG).exists()
+    train(replace(args, run=replace(args.run, resume=args.run.out)) if begun else args)
+    write_atomic(result, "")
+
+
+def save_initial(args: LearnerArgs, directory: Path, result: Path) -> None:
+    """Save the policy that a training starts from."""
+    policy: Any = args.build().policy
+    policy.save(directory)
+    write_atomic(result, "")
+
+
+def measure(args: evaluate.Args, name: str, seed: int, result: Path) -> None:
+    """Evaluate one policy on all families and write its rows under a name and the seed of its training."""
+    loaded = load_model(args.model)
+    (policy,) = evaluate.make_policies(args.policies, args.device).values()
+    rows: list[Row] = []
+    for family in args.traces:
+        source = load_traces(family, split=args.split, tokenizer=loaded.tokenizer, trace_length=args.trace_length)
+        batches = evaluate_policies(
+            {name: policy},
+            source,
+            range(args.num_traces),
+            model=loaded.model,
+            budgets=args.budgets,
+            score_from=args.score_from,
+            batch_size=args.batch_size,
+        )
+        rows += [replace(row, seed=seed) for batch in batches for row in batch]
+    evaluate.write_rows(rows, result)

@@ -1,0 +1,145 @@
+"""``python -m experiments.reproduce claims``: train, measure and judge everything that kvenv claims of its agents.
+
+Every training and every measurement is a job of its own: what is done stays done, and a second call goes on. The
+defaults are what the committed results were made with; smaller numbers try it out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments import verdicts
+from experiments.claims import LEARNERS, MIDDLE, Plan, Size, attention_free, heuristics
+from experiments.cli import run
+from experiments.evaluate import wide_console
+from experiments.jobs import read_times, run_jobs
+from experiments.report import load
+from experiments.runs import commit
+from experiments.verdicts import Chosen, Claim, Measured
+from kvenv.files import write_atomic
+
+
+@dataclass
+class Args:
+    """Train, measure and judge what kvenv claims of its agents."""
+
+    what: tyro.conf.Positional[Literal["claims"]]
+    """What to reproduce."""
+    out: Path = Path("runs/claims")
+    """Directory for trainings, rows, and claims.md, claims.json and learning.png; a second call goes on there."""
+    processes: int = 2
+    """Jobs at a time, each on one thread."""
+    size: tyro.conf.OmitArgPrefixes[Size] = field(default_factory=Size)
+
+
+def judge(plan: Plan) -> list[Claim]:
+    """Return the claims as far as they were measured."""
+    budgets = plan.size.budgets
+    test, chosen = Measured(plan.rows("test")), Chosen(Measured(plan.rows("validation")), LEARNERS, heuristics())
+    return [
+        verdicts.half_budget(test, chosen, budgets),
+        verdicts.rl_adds(test, budgets),
+        verdicts.gap_closed(test, chosen, budgets),
+        verdicts.kvp_alone(test, attention_free(), budgets),
+        verdicts.transfer(test, Measured(plan.rows("long")), attention_free(), MIDDLE),
+        verdicts.ppo_learns(test, (MIDDLE,)),
+        verdicts.smallest_budgets(test, budgets),
+        verdicts.summary(test, budgets),
+    ]
+
+
+def learning_curves(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Return grpo's and ppo's answer loss on validation traces, by tokens decoded in training and by wall clock."""
+    curves: dict[str, Any] = {}
+    for learner in ("grpo", "ppo"):
+        for one in load([plan.run(learner, seed) for seed in plan.size.seeds]):
+            steps, seconds, values = one.of("eval/answer_loss")
+            curves[one.name] = ([step * plan.tokens(learner) / 1e6 for step in steps], seconds, values)
+    return {"answer loss on validation traces (nats)": curves}
+
+
+def markdown(claims: Sequence[Claim], plan: Plan, made: dict[str, Any]) -> str:
+    """Return the claims as a page."""
+    size, spent = plan.size, made["minutes"]
+    lines = [
+        "# What was claimed, and what was found",
+        "",
+        f"`{made['command']}`, {made['date']}, commit {made['commit']}: training seeds {_listed(size.seeds)}, "
+        f"{size.num_traces} test traces of each family, budgets {_listed(size.budgets)} of 512 tokens. The best of a "
+        f"kind was chosen on {size.validation_traces} validation traces of each family and seed. Answer loss in nats, "
+        "differences with paired 95 % intervals (traces, then seeds).",
+        "",
+        f"All jobs took {sum(spent.values()) / 60:.1f} hours of one core: "
+        f"{', '.join(f'{kind} {value:.0f} min' for kind, value in spent.items())}.",
+    ]
+    for claim in claims:
+        verdict = "" if claim.held is None else " **Holds.**" if claim.held else " **Does not hold.**"
+        lines += ["", f"## {claim.name}", "", claim.says + verdict]
+        lines += ["", f"| {' | '.join(claim.headings)} |", f"|{' --- |' * len(claim.headings)}"]
+        lines += [f"| {' | '.join(map(str, line))} |" for line in claim.table]
+        lines += ["", claim.note] if claim.note else []
+    return "\n".join(lines) + "\n"
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def minutes(times: dict[str, float]) -> dict[str, float]:
+    """Return what the jobs took, by kind."""
+    kinds: dict[str, float] = {}
+    for name, seconds in times.items():
+        first = name.split("-")[0]
+        kind = "measuring" if first in ("test", "validation", "long") else "recording" if first == "store" else first
+        kinds[kind] = kinds.get(kind, 0.0) + seconds / 60
+    return {kind: round(value, 1) for kind, value in sorted(kinds.items())}
+
+
+def show(claims: Sequence[Claim], console: Console) -> None:
+    """Print the claims."""
+    for claim in claims:
+        table = Table(title=f"{claim.name}: {claim.says}", caption=claim.note or None, box=box.SIMPLE, padding=(0, 1))
+        for heading in claim.headings:
+            table.add_column(heading)
+        for line in claim.table:
+            table.add_row(*map(str, line))
+        console.print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    args = tyro.cli(Args, args=argv, prog="kvenv reproduce")
+    plan, console = Plan(args.out, args.size), wide_console()
+    run_jobs(plan.jobs(), args.processes, args.out / "times.json")
+    claims = judge(plan)
+    made = {
+        "command": "python -m experiments.reproduce claims",
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": commit(),
+        "size": asdict(args.size),
+        "minutes": minutes(read_times(args.out / "times.json")),
+    }
+    # Imported here: matplotlib takes a second, and bad arguments shall not wait for it.
+    from experiments.plots import plot_curves
+
+    plot_curves(learning_curves(plan), args.out / "learning.png", "million tokens decoded in training")
+    write_atomic(
+        args.out / "claims.json", json.dumps({**made, "claims": [asdict(claim) for claim in claims]}, indent=1) + "\n"
+    )
+    write_atomic(args.out / "claims.md", markdown(claims, plan, made))
+    show(claims, console)
+    console.print(f"claims: {args.out / 'claims.md'}\ncurves: {args.out / 'learning.png'}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run(main)
