@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import agents
 import kvenv
 from agents.episodes import Episodes
 from agents.imitation import ImitationConfig, ImitationLearner, Lesson
-from agents.ranking_losses import LOSSES, likelihood, listwise, pairwise_hinge, regression
+from agents.ranking_losses import LOSSES, expected_cost, likelihood, listwise, pairwise_hinge, regression
 from agents.scorer import Scorer, ScorerPolicy
 from kvenv.layerwise import rollout
 from kvenv.state import LayerState
@@ -26,7 +27,7 @@ from tests.models import random_model
 
 def imitator(**changes: object) -> ImitationLearner:
     """Return a learner on the small random model."""
-    defaults = {"updates": 12, "num_traces": 4, "learning_rate": 1e-2, "budgets": (BUDGET,)}
+    defaults = {"updates": 12, "num_traces": 4, "learning_rate": 1e-2, "budgets": (BUDGET,), "dagger": 0.0}
     source = kvenv.load_traces(RAGGED, tokenizer=None, trace_length=LENGTH)
     config = ImitationConfig(**{**defaults, **changes})  # type: ignore[arg-type]
     return ImitationLearner(kvenv.load_model(MODEL).model, source, config, interval=INTERVAL, protection=PROTECTION)
@@ -54,6 +55,21 @@ def decisions() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     mask = rng.random((4, 7)) < 0.7
     mask[3] = False
     return rng.normal(size=(4, 7)), rng.random((4, 7)), mask
+
+
+def test_the_expected_cost_is_the_mean_over_all_rankings() -> None:
+    scores, utility, mask = decisions()
+    costs = []
+    for row in range(3):
+        own, worth = scores[row][mask[row]], utility[row][mask[row]]
+        ranks, total = np.arange(1, len(own) + 1), 0.0
+        for order in itertools.permutations(range(len(own))):
+            left = [np.exp(own[list(order[rank:])]) for rank in range(len(own))]
+            probability = np.prod([weights[0] / weights.sum() for weights in left])
+            total += probability * (ranks * worth[list(order)]).sum()
+        costs.append(total / (ranks * np.sort(worth)[::-1]).sum())
+    loss = expected_cost(*(torch.as_tensor(x) for x in (scores, utility, mask)))
+    assert float(loss) == pytest.approx(np.mean(costs))
 
 
 def test_regression_is_the_squared_error_of_centred_logarithms() -> None:
@@ -105,8 +121,8 @@ def test_what_minimises_a_loss_is_in_goldens_order(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_imitation_learns_to_agree_with_golden(loss: str) -> None:
-    learner = imitator(loss=loss)
-    losses = [learner.update()["loss/ranking"] for _ in range(12)]
+    learner, least = imitator(loss=loss), {"cost": 1.0}.get(loss, 0.0)
+    losses = [learner.update()["loss/ranking"] - least for _ in range(12)]
     assert np.mean(losses[-3:]) < 0.99 * np.mean(losses[:3])
 
 
@@ -150,7 +166,7 @@ def test_a_gradient_step_is_that_of_the_decision_and_of_its_layer_alone() -> Non
     student.learn(student.score(state), state, 1e-2)
     plain = copy.deepcopy(before)
     scores = plain(student.features.compute(state), 0)
-    pairwise_hinge(scores, state.future, state.mask, student.config.margin).backward()  # type: ignore[arg-type]
+    expected_cost(scores, state.future, state.mask).backward()  # type: ignore[arg-type]
     for name, weight in student.scorer.named_parameters():
         gradient, old = plain.get_parameter(name).grad, before.get_parameter(name)
         assert gradient is not None
