@@ -1,7 +1,8 @@
 """Policies and learners: what decides which cached pairs go.
 
-``agents.make("h2o")`` returns a built-in policy, ``agents.make("runs/mine")`` a saved one, and after
-``agents.register("mine", factory)`` ``"mine"`` works wherever names work.
+``agents.make("h2o")`` returns a built-in policy, ``agents.make("grpo-tiny")`` one that was trained for the bundled LLM,
+``agents.make("runs/mine")`` a saved one, and after ``agents.register("mine", factory)`` ``"mine"`` works wherever names
+work.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ if TYPE_CHECKING:
     from agents.sb3_env import make_sb3_env
     from agents.sb3_policy import KVRankingPolicy
 
-__all__ = ["KVRankingPolicy", "make", "make_sb3_env", "names", "register", "register_type"]
+__all__ = ["TRAINED", "KVRankingPolicy", "make", "make_sb3_env", "names", "register", "register_type"]
 
 __kvenv__ = True
 """Tells this package from a foreign one of the same name."""
 
 _POLICIES: Registry[Callable[..., Policy]] = Registry("policy", reserved=("full",))  # no eviction, in evaluation
 _TYPES: Registry[Callable[..., Policy]] = Registry("policy type")
+
+TRAINED = ("imitation-tiny", "kvp-tiny", "grpo-tiny", "ppo-tiny")
+"""Policies trained for the bundled LLM, package data made by ``kvenv reproduce claims --ship``."""
 
 # Public name -> the module that defines it, imported on first use: Stable-Baselines3 is heavy.
 _HEAVY = {"KVRankingPolicy": "agents.sb3_policy", "make_sb3_env": "agents.sb3_env"}
@@ -64,9 +68,15 @@ def register_type(name: str, load: Callable[..., Policy]) -> None:
     _TYPES.register(name, load)
 
 
-def names() -> list[str]:
-    """Return the names :func:`make` knows, built-in ones first."""
-    return _POLICIES.names()
+def names(trained: bool = True) -> list[str]:
+    """Return the names :func:`make` knows, built-in ones first.
+
+    Parameters
+    ----------
+    trained : bool
+        Whether :data:`TRAINED` are among them, which fit the bundled LLM only.
+    """
+    return [name for name in _POLICIES.names() if trained or name not in TRAINED]
 
 
 def make(name_or_directory: str | os.PathLike[str], **kwargs: Any) -> Policy:
@@ -112,6 +122,15 @@ def _lazy(module: str, attribute: str) -> Callable[..., Any]:
     return build
 
 
+def _trained(name: str) -> Callable[..., Policy]:
+    """Return a factory of a policy that comes with the package."""
+
+    def build(**kwargs: Any) -> Policy:
+        return make(Path(__file__).parent / "trained" / name, **kwargs)
+
+    return build
+
+
 register("random", _lazy("agents.random_eviction", "Random"))
 register("random-prompt", _lazy("agents.random_eviction", "RandomPrompt"))
 register("streaming", _lazy("agents.streaming", "StreamingLLM"))
@@ -126,5 +145,7 @@ register("expected-attention", _lazy("agents.expected_attention", "ExpectedAtten
 register("vase", _lazy("agents.vase", "VaSE"))
 register("golden", _lazy("agents.golden", "Golden"))
 register("golden-expected", _lazy("agents.golden", "GoldenExpected"))
+for _name in TRAINED:
+    register(_name, _trained(_name))
 register_type("scorer", _lazy("agents.scorer", "load_policy"))
 register_type("kvp", _lazy("agents.kvp_scorer", "load_policy"))

@@ -22,6 +22,7 @@ from torch import Tensor
 import agents
 import kvenv
 from agents.imitation import ImitationConfig, ImitationLearner, Student
+from agents.ranking_losses import LOSSES
 from agents.scorer import ScorerPolicy
 from experiments.cli import run
 from experiments.progress import track
@@ -80,25 +81,22 @@ class Variant:
         """What the table calls it."""
         return ", ".join([self.features, *(f"{name} {value}" for name, value in self.changes.items())])
 
-    @property
-    def led_by_golden(self) -> bool:
-        """Whether golden leads all of its episodes."""
-        return "dagger" not in self.changes
-
     def config(self, args: Args, seed: int) -> ImitationConfig:
         """Return its hyper-parameters."""
         defaults = ImitationConfig(updates=args.updates, num_traces=args.batch, budgets=(args.budget,), seed=seed)
         return replace(defaults, **self.changes)
 
 
+GOLDEN_LEADS: dict[str, Any] = {"dagger": 0.0}
 VARIANTS = [
-    *(Variant(features, {}) for features in ("pairs", "kv", "foresight", ALL)),
-    *(Variant(features, {"inputs": "raw"}) for features in ("kv", "foresight")),
-    Variant("foresight", {"inputs": "standardised"}),
-    *(Variant("foresight", {"loss": loss}) for loss in ("pairwise", "regression", "listwise", "likelihood")),
-    Variant("kv", {"loss": "listwise"}),
-    *(Variant("foresight", {"dagger": share}) for share in (0.5, 1.0)),
+    *(Variant(features, {}) for features in ("pre-rope", "foresight", "kv", "pairs", ALL)),
+    *(Variant(features, {"depth": 1}) for features in ("pre-rope", "foresight")),
+    *(Variant("pre-rope", {"inputs": inputs}) for inputs in ("standardised", "raw")),
+    *(Variant("pre-rope", {"loss": loss}) for loss in LOSSES if loss != "cost"),
+    *(Variant(features, GOLDEN_LEADS) for features in ("pre-rope", "foresight")),
+    *(Variant("pre-rope", {**GOLDEN_LEADS, "loss": loss}) for loss in ("pairwise-weighted", "pairwise")),
 ]
+"""Those with the same share of DAgger learn from the same caches: golden's, or those of the first of them."""
 
 
 @dataclass
@@ -122,15 +120,12 @@ class Args:
 
 
 class Classroom(ImitationLearner):
-    """Imitation whose episodes several students learn from.
-
-    Golden leads all episodes, and they follow from the seed: each student becomes what it would have become alone (but
-    for last bits where it needs no attention statistics, with which the LLM's attention is computed in another order).
+    """Imitation from whose episodes several students learn, led by golden or by the first student.
 
     Parameters
     ----------
     variants : sequence of Variant
-        The students.
+        The students, with the same leader.
     args : Args
         Budget and updates.
     seed : int
@@ -201,9 +196,8 @@ def compare(args: Args) -> dict[str, Any]:
     add({name: agents.make(name) for name in RIVALS if name not in there["rows"]})
     for seed in args.seeds:
         todo = {f"{x.name} (seed {seed})": x for x in VARIANTS if f"{x.name} (seed {seed})" not in there["rows"]}
-        together = {name: variant for name, variant in todo.items() if variant.led_by_golden}
-        alone = [{name: variant} for name, variant in todo.items() if not variant.led_by_golden]
-        for group in [together] * bool(together) + alone:
+        for share in dict.fromkeys(variant.config(args, seed).dagger for variant in todo.values()):
+            group = {name: variant for name, variant in todo.items() if variant.config(args, seed).dagger == share}
             add(dict(zip(group, train(list(group.values()), args, seed), strict=True)))
     return there
 

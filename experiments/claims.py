@@ -38,7 +38,7 @@ MIDDLE = 64
 
 def heuristics() -> list[str]:
     """Return the causal policies that nobody trained."""
-    return [name for name in agents.names() if not name.startswith("golden") and not name.endswith("-tiny")]
+    return [name for name in agents.names(trained=False) if not name.startswith("golden")]
 
 
 def attention_free() -> list[str]:

@@ -1,4 +1,4 @@
-"""``make demo``: train a first agent, compare it with everything else, look at what it keeps."""
+"""``make demo``: train a first agent by imitation, then by GRPO, compare it with all others, look at what it keeps."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 
 import agents
+from agents.grpo import GRPOConfig
 from agents.imitation import ImitationConfig
 from experiments import evaluate, learners, show, train
 from experiments.speed import measure
@@ -26,8 +28,8 @@ class Args:
 
     out: Path = Path("runs/demo")
     """Directory for everything the demo writes."""
-    updates: int = 400
-    """Gradient steps of the imitation."""
+    updates: tuple[int, int] = (24, 6)
+    """Updates of imitation, and then of grpo."""
     traces: tuple[str, ...] = ("recall", "tracking", "dialogue", "reasoning")
     """Trace families that the agent is trained and tested on."""
     num_traces: int = 16
@@ -52,31 +54,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{speed.ratio:.2f} x the time of the bare forward (16 traces at once, budget 64, interval 16)"
     )
 
-    console.rule("2. Imitation of Golden Eviction on training traces")
-    environment = learners.EnvironmentArgs(traces="+".join(args.traces), device=args.device)
-    learner = ImitationConfig(updates=args.updates)
-    kept = learners.RunArgs(out=args.out / "imitation", eval_every=args.updates // 2, eval_traces=args.num_traces)
-    shutil.rmtree(kept.out, ignore_errors=True)  # a demo starts afresh, where a run would refuse to
-    policy = str(train.train(learners.Imitation(environment, learner, kept)))
-    console.print(f"policy saved to {policy}")
+    decoding = learners.RolloutArgs(traces="+".join(args.traces), device=args.device)
+    imitating, improving = args.updates
 
-    console.rule("3. Evaluation on held-out traces")
-    rivals = [name for name in agents.names() if name not in NOT_COMPARED]
+    def trained(kind: Any, config: Any) -> str:
+        updates = config.updates
+        kept = learners.RunArgs(out=args.out / kind.name, eval_every=updates, eval_traces=args.num_traces)
+        shutil.rmtree(kept.out, ignore_errors=True)  # a demo starts afresh, where a run would refuse to
+        policy = str(train.train(kind(decoding, config, kept)))
+        console.print(f"policy saved to {policy}")
+        return policy
+
+    console.rule("2. Imitation of Golden Eviction on training traces")
+    imitation = trained(learners.Imitation, ImitationConfig(updates=imitating, budgets=args.budgets))
+    console.rule("3. GRPO from there: rollouts of the same trace, compared with each other")
+    grpo = trained(learners.GRPO, GRPOConfig(updates=improving, budgets=args.budgets, init=imitation))
+
+    console.rule("4. Evaluation on held-out traces")
+    rivals = [name for name in agents.names(trained=False) if name not in NOT_COMPARED]
     evaluation = evaluate.Args(
-        policies=("full", policy, *rivals), budgets=args.budgets, traces=args.traces, num_traces=args.num_traces,
-        out=args.out / "evaluation", device=args.device,
+        policies=("full", imitation, grpo, *rivals), budgets=args.budgets, traces=args.traces,
+        num_traces=args.num_traces, out=args.out / "evaluation", device=args.device,
     )  # fmt: skip
     evaluate.report(evaluate.measure(evaluation), evaluation.out, console)
 
-    console.rule("4. One trace, window by window")
+    console.rule("5. One trace, window by window")
     show.main([
-        "--policy", policy, "--traces", args.traces[0], "--budget", "64", "--device", args.device,
+        "--policy", grpo, "--traces", args.traces[0], "--budget", "64", "--device", args.device,
         "--out", str(args.out / "trace.png"),
     ])  # fmt: skip
 
     console.rule("Written")
     for what, path in (
-        ("policy", policy),
+        ("policies", f"{imitation}, {grpo}"),
         ("rows", evaluation.out / "results.json"),
         ("loss over budget", evaluation.out / "loss.png"),
         ("trace", args.out / "trace.png"),

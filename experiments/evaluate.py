@@ -98,7 +98,9 @@ def make_policies(names: Sequence[str], device: str) -> dict[str, Policy | None]
                 f"unknown policy {name!r}: known are {', '.join(known)}, or a directory with a policy.json"
             )
     policies: dict[str, Policy | None] = {
-        name: None if name == FULL else agents.make(name) for name in names if name in known
+        name: None if name == FULL else agents.make(name, **({"device": device} if name in agents.TRAINED else {}))
+        for name in names
+        if name in known
     }
     for name in names:
         if name not in known:

@@ -142,7 +142,7 @@ def measure(args: Args) -> tuple[list[Row], dict[str, float]]:
     """Return all rows, and seconds per trace of golden-expected and of all the others together."""
     options = asdict(args)
     expected = options.pop("expected")
-    policies = (FULL, *(name for name in agents.names() if name != "golden-expected"))
+    policies = (FULL, *(name for name in agents.names(trained=False) if name != "golden-expected"))
     others = evaluate.Args(**options, budgets=(args.budget,), policies=policies)
     runs = {"others": others}
     if expected:

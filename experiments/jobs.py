@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -75,7 +77,8 @@ def run_jobs(jobs: Sequence[Job], processes: int, times: Path) -> None:
     running: dict[Future[None], tuple[Job, float]] = {}
     os.environ.update(ONE_THREAD)
     began = due = time.monotonic()
-    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, initializer=_end_with_parent, max_tasks_per_child=1) as pool:
         try:
             while todo or running:
                 ready = [job for job in todo if set(job.after) <= done]
@@ -106,6 +109,18 @@ def run_jobs(jobs: Sequence[Job], processes: int, times: Path) -> None:
 def read_times(path: Path) -> dict[str, float]:
     """Return the seconds of each job so far."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def _end_with_parent() -> None:
+    """Let a job's process be told to end (SIGTERM, at which trainings save) when whoever started it is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _add_time(path: Path, name: str, seconds: float) -> None:

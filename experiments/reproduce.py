@@ -18,13 +18,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import agents
 from experiments import verdicts
 from experiments.claims import LEARNERS, MIDDLE, Plan, Size, attention_free, heuristics
 from experiments.cli import run
 from experiments.evaluate import wide_console
 from experiments.jobs import read_times, run_jobs
 from experiments.report import load
-from experiments.runs import commit
+from experiments.runs import POLICY, commit
 from experiments.verdicts import Chosen, Claim, Measured
 from kvenv.files import write_atomic
 
@@ -39,6 +40,8 @@ class Args:
     """Directory for trainings, rows, and claims.md, claims.json and learning.png; a second call goes on there."""
     processes: int = 2
     """Jobs at a time, each on one thread."""
+    ship: bool = False
+    """Install the policies of the first seed as imitation-tiny, kvp-tiny, grpo-tiny and ppo-tiny of this checkout."""
     size: tyro.conf.OmitArgPrefixes[Size] = field(default_factory=Size)
 
 
@@ -56,6 +59,18 @@ def judge(plan: Plan) -> list[Claim]:
         verdicts.smallest_budgets(test, budgets),
         verdicts.summary(test, budgets),
     ]
+
+
+def ship(plan: Plan, made: dict[str, Any]) -> None:
+    """Install the first seed's policies in this checkout."""
+    for learner in LEARNERS:
+        name, seed = f"{learner}-tiny", plan.size.seeds[0]
+        policy: Any = agents.make(plan.run(learner, seed) / POLICY)
+        own = asdict(plan.arguments(learner, seed).learner)
+        if own.get("init"):
+            own["init"] = "imitation-tiny"
+        policy.name, policy.training = name, {"learner": learner, **own, "command": made["command"]}
+        policy.save(Path(agents.__file__).parent / "trained" / name)
 
 
 def learning_curves(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -138,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     write_atomic(args.out / "claims.md", markdown(claims, plan, made))
     show(claims, console)
+    if args.ship:
+        ship(plan, made)
     console.print(f"claims: {args.out / 'claims.md'}\ncurves: {args.out / 'learning.png'}", soft_wrap=True)
 
 

@@ -17,7 +17,8 @@ ARGS = Args("imitation", updates=2, batch=2, num_traces=1)
 
 
 def test_a_student_becomes_what_it_would_have_become_alone() -> None:
-    variants = [Variant("foresight", {}), Variant("foresight", {"loss": "listwise", "inputs": "raw"})]
+    golden = {"dagger": 0.0}
+    variants = [Variant("foresight", golden), Variant("foresight", {**golden, "loss": "listwise", "inputs": "raw"})]
     together = ablation.train(variants, ARGS, seed=1)[1]
     (alone,) = ablation.train(variants[1:], ARGS, seed=1)
     assert isinstance(alone, ScorerPolicy)
@@ -27,7 +28,7 @@ def test_a_student_becomes_what_it_would_have_become_alone() -> None:
 
 
 def test_what_was_measured_stays_and_the_best_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = {"golden": 0.1, "random": 3.0, "kv (seed 0)": 2.0, "foresight, dagger 1.0 (seed 0)": 1.0}
+    losses = {"golden": 0.1, "random": 3.0, "kv (seed 0)": 2.0, "foresight, dagger 0.0 (seed 0)": 1.0}
     measured: list[str] = []
 
     def measure(policies: dict[str, Any], _: Args) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def test_what_was_measured_stays_and_the_best_comes_first(tmp_path: Path, monkey
         }
 
     monkeypatch.setattr(ablation, "RIVALS", ("golden", "random"))
-    monkeypatch.setattr(ablation, "VARIANTS", [Variant("kv", {}), Variant("foresight", {"dagger": 1.0})])
+    monkeypatch.setattr(ablation, "VARIANTS", [Variant("kv", {}), Variant("foresight", {"dagger": 0.0})])
     monkeypatch.setattr(ablation, "train", lambda variants, *_: [None] * len(variants))
     monkeypatch.setattr(ablation, "measure", measure)
     for _ in range(2):
@@ -46,6 +47,6 @@ def test_what_was_measured_stays_and_the_best_comes_first(tmp_path: Path, monkey
     assert measured == list(losses)
     assert list(json.loads((tmp_path / "imitation.json").read_text())["rows"]) == list(losses)
     names = [line.split(" | ")[0] for line in (tmp_path / "imitation.md").read_text().splitlines()[4:]]
-    assert names == ["| golden", "| foresight, dagger 1.0 (seed 0)", "| kv (seed 0)", "| random"]
+    assert names == ["| golden", "| foresight, dagger 0.0 (seed 0)", "| kv (seed 0)", "| random"]
     with pytest.raises(ValueError, match="choose another --out"):
         ablation.main(["imitation", "--out", str(tmp_path), "--updates", "7"])

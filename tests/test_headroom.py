@@ -69,6 +69,6 @@ def test_the_command_from_end_to_end(
     assert len(report["requirements"]) == len(report["overall"]) == 4
     assert set(report["seconds_per_trace"]) == {"others", "golden-expected"}
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {row["policy"] for row in results} == {"full", *agents.names()}
+    assert {row["policy"] for row in results} == {"full", *agents.names(trained=False)}
     out = capsys.readouterr().out
     assert "best heuristic − golden > 0.3 on at least 3 families: missed" in out
