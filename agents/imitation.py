@@ -32,7 +32,7 @@ from kvenv.traces import TraceSource
 class ImitationConfig:
     """Hyper-parameters of imitation."""
 
-    updates: int = 100
+    updates: int = 24
     """Updates; each leads its traces from the first decision to the last and takes a gradient step at every one."""
     num_traces: int = 16
     """Traces of an update. A mixture's families come in turn: choose a multiple of their number."""
@@ -45,6 +45,9 @@ class ImitationConfig:
     """Adam's step size after the warm-up; falls to a twentieth by a cosine."""
     warmup: int = 5
     """Updates of linear warm-up."""
+    power: float = 3.0
+    """Power that golden's utilities are taken to first. Golden knows whether a pair will be needed; who can only expect
+    it must not prefer what is always seen a bit to what may once be all that counts."""
     margin: float = 0.1
     """How much higher the better of two pairs must score in the pairwise losses (0.01 in the paper's code)."""
     hidden: int = 64
@@ -54,6 +57,9 @@ class ImitationConfig:
     inputs: Inputs = "squashed"
     """How the scorer takes features in: squashed by the inverse hyperbolic sine and standardised, standardised only, or
     raw, which costs a scorer that sees the position most of what it can; see experiments/results."""
+    noise: float = 0.5
+    """Standard deviation of what is added to the scorer's standardised inputs while it learns: what fits the training
+    words only doesn't survive it."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     budgets: tuple[int, ...] = (64,)
@@ -80,7 +86,16 @@ class ImitationConfig:
 
 PRESETS = {
     "foresightkv": ImitationConfig(
-        updates=1000, num_traces=4, loss="pairwise", learning_rate=1e-2, margin=0.01, hidden=16, depth=1, dagger=0.0
+        updates=1000,
+        num_traces=4,
+        loss="pairwise",
+        power=1.0,
+        learning_rate=1e-2,
+        margin=0.01,
+        noise=0.0,
+        hidden=16,
+        depth=1,
+        dagger=0.0,
     ),
 }
 """Published hyper-parameters, from the papers' code where it is public."""
@@ -104,10 +119,13 @@ class Student:
         self.layers = [scorer.part(layer) for layer in range(scorer.shape[0])]
         self.optimizers = [torch.optim.Adam(part.parameters(), lr=config.learning_rate) for part in self.layers]
 
-    def score(self, state: LayerState) -> Tensor:
+    def score(self, state: LayerState, generator: torch.Generator) -> Tensor:
         """Return the scores (N, H, C) of a decision of one layer, which :meth:`learn` takes with their history."""
+        part = self.layers[state.layer]
+        x = part.standardise(self.features.compute(state), 0)
+        disturbed = x + self.config.noise * torch.randn(x.shape, generator=generator, device=x.device)
         with torch.enable_grad():
-            return self.layers[state.layer](self.features.compute(state), 0)
+            return part.score(disturbed, 0)
 
     def learn(self, scores: Tensor, state: LayerState, rate: float) -> tuple[Tensor, Tensor]:
         """Take a gradient step on a decision of one layer.
@@ -128,7 +146,8 @@ class Student:
         """
         config, part, optimizer = self.config, self.layers[state.layer], self.optimizers[state.layer]
         with torch.enable_grad():
-            loss = LOSSES[config.loss](scores, needed(state, "future"), state.mask, state.positions, config.margin)
+            utility = needed(state, "future") ** config.power
+            loss = LOSSES[config.loss](scores, utility, state.mask, state.positions, config.margin)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(part.parameters(), config.grad_clip)
@@ -139,7 +158,7 @@ class Student:
 
 
 class Lesson(Policy):
-    """Leads episodes: golden's ranking or the first student's, row by row, after all students learnt the decision.
+    """Leads episodes: golden's ranking or the first student's (noise and all), row by row; all students learn.
 
     Parameters
     ----------
@@ -149,6 +168,8 @@ class Lesson(Policy):
         Rows in which the first student decides.
     rate : float
         Factor on the students' step size.
+    seed : int
+        Of the noise on their inputs.
 
     Attributes
     ----------
@@ -158,8 +179,9 @@ class Lesson(Policy):
 
     name = "lesson"
 
-    def __init__(self, students: Sequence[Student], led: Tensor, rate: float) -> None:
+    def __init__(self, students: Sequence[Student], led: Tensor, rate: float, seed: int) -> None:
         self.students, self.led, self.rate = students, led, rate
+        self._generators = [torch.Generator(led.device).manual_seed(seed) for _ in students]
         self.deciding = self.learning = 0.0
         self.needs = frozenset({"future"}).union(*(student.features.needs for student in students))
         self._losses: list[Tensor] = []
@@ -168,7 +190,7 @@ class Lesson(Policy):
     def __call__(self, state: LayerState) -> Tensor:
         """Return priorities (N, H, C)."""
         began = time.perf_counter()
-        scores = [student.score(state) for student in self.students]
+        scores = [student.score(state, own) for student, own in zip(self.students, self._generators)]
         scored = time.perf_counter()
         learnt = [
             student.learn(own, state, self.rate * student.config.learning_rate)
@@ -249,7 +271,7 @@ class ImitationLearner(Learner):
         traces = self.episodes.draw(rng, config.num_traces, budget)
         share = config.dagger * min(1.0, self.done / max(1, config.dagger_ramp))
         led = torch.as_tensor(rng.random(len(traces)) < share, device=self.episodes.model.device)
-        lesson = Lesson(self.students, led, self._rate())
+        lesson = Lesson(self.students, led, self._rate(), int(rng.integers(2**31)))
         rollout = self.episodes.play(lesson, traces, budget, future=self.episodes.future(traces, budget))
         paid = rollout.losses.nll[:, budget + self.episodes.interval :].sum(dim=1) / self.episodes.interval
         self.done += 1

@@ -30,7 +30,7 @@ from kvenv.store import RecordedTrace
 class KVPConfig:
     """Hyper-parameters of KVP."""
 
-    updates: int = 1500
+    updates: int = 500
     """Gradient steps."""
     batch_size: int = 8
     """Recorded traces in an update, each with a cut of its own."""
@@ -40,6 +40,9 @@ class KVPConfig:
     """What a ranking is compared with: the others of its trace, or all others of the batch (the authors' code)."""
     credit: Literal["ranking", "budget"] = "budget"
     """What a pick is paid for: its whole ranking (the paper), or only the budgets that it still decides."""
+    power: float = 3.0
+    """Power that utilities are taken to first: what may once be all that counts shall not lose to what is always seen a
+    bit (1 in the paper)."""
     learning_rate: float = 2e-3
     """AdamW's step size after the warm-up; falls to a fiftieth by a cosine."""
     warmup: int = 50
@@ -52,7 +55,7 @@ class KVPConfig:
     """Decay of the running mean of the weights, which is the policy."""
     embedding: int = 32
     """Width of the projections of key and value."""
-    hidden: int = 128
+    hidden: int = 64
     """Units of the two hidden layers."""
     seed: int = 0
     """Seed of the initial weights, the batches and the rankings."""
@@ -65,6 +68,7 @@ PRESETS = {
         samples=1,
         group="batch",
         credit="ranking",
+        power=1.0,
         learning_rate=5e-5,
         warmup=100,
         embedding=256,
@@ -87,7 +91,7 @@ class Cuts:
     positions, ages : Tensor (M,) int64
         Where they are.
     utility : Tensor (L, H, N, C)
-        What they are worth, 0 beyond a cut.
+        What they are worth, to the power of the configuration; 0 beyond a cut.
     slots : Tensor (N, C) int64
         Which of the M pairs each is.
     mask : Tensor (N, C) bool
@@ -232,6 +236,7 @@ class KVPLearner(Learner):
         utility = torch.stack(
             [pad(trace.utility_at(cut), (0, widest - cut)) for trace, cut in zip(traces, drawn, strict=True)], dim=2
         )
+        utility = utility.float() ** self.config.power
         cuts, slot = torch.tensor(drawn), torch.arange(widest)
         starts = cuts.cumsum(0) - cuts
         positions = torch.cat([torch.arange(cut) for cut in drawn])

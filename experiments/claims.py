@@ -74,7 +74,7 @@ class Size:
     validation_traces: int = 16
     expected_traces: int = 16
     store_traces: int = 1000
-    updates: tuple[int, int, int, int] = (100, 50, 1500, 50)
+    updates: tuple[int, int, int, int] = (24, 60, 500, 40)
 
 
 class Plan:

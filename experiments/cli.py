@@ -16,6 +16,7 @@ COMMANDS = {
     "show": "show what a policy keeps of one trace, window by window",
     "train": "train an agent: imitation, kvp, grpo or ppo",
     "report": "compare trainings: a table, and curves by update and by wall clock",
+    "reproduce": "train, measure and judge what kvenv claims of its agents",
     "record": "record a trace store, from which kvp learns without the LLM",
     "pretrain": "train the bundled LLM anew",
     "quality": "print how well an LLM answers held-out traces with the full cache",

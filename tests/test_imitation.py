@@ -160,13 +160,15 @@ def test_a_gradient_step_is_that_of_the_decision_and_of_its_layer_alone() -> Non
             states.append(replace(state, stats=state.stats.clone(), positions=state.positions.clone()))  # type: ignore[union-attr]
 
     traces = [trace(0), trace(1)]
-    lesson = Lesson([other], torch.zeros(2, dtype=torch.bool), 1.0)
+    lesson = Lesson([other], torch.zeros(2, dtype=torch.bool), 1.0, seed=0)
     learner.episodes.play(lesson, traces, BUDGET, future=learner.episodes.future(traces, BUDGET), on_eviction=keep)
     (state,), before = states, copy.deepcopy(student.scorer)
-    student.learn(student.score(state), state, 1e-2)
+    student.learn(student.score(state, torch.Generator().manual_seed(3)), state, 1e-2)
     plain = copy.deepcopy(before)
-    scores = plain(student.features.compute(state), 0)
-    expected_cost(scores, state.future, state.mask).backward()  # type: ignore[arg-type]
+    inputs = plain.standardise(student.features.compute(state), 0)
+    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(3))
+    scores = plain.score(inputs + student.config.noise * noise, 0)
+    expected_cost(scores, state.future**student.config.power, state.mask).backward()  # type: ignore[operator]
     for name, weight in student.scorer.named_parameters():
         gradient, old = plain.get_parameter(name).grad, before.get_parameter(name)
         assert gradient is not None
