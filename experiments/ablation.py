@@ -93,6 +93,9 @@ VARIANTS = [
     *(Variant(features, {"depth": 1}) for features in ("pre-rope", "foresight")),
     *(Variant("pre-rope", {"inputs": inputs}) for inputs in ("standardised", "raw")),
     *(Variant("pre-rope", {"loss": loss}) for loss in LOSSES if loss != "cost"),
+    Variant("pre-rope", {"loss": "pairwise-weighted", "power": 1.0}),
+    *(Variant("pre-rope", {"power": power}) for power in (1.0, 2.0, 4.0)),
+    Variant("pre-rope", {"noise": 0.0}),
     *(Variant(features, GOLDEN_LEADS) for features in ("pre-rope", "foresight")),
     *(Variant("pre-rope", {**GOLDEN_LEADS, "loss": loss}) for loss in ("pairwise-weighted", "pairwise")),
 ]
@@ -105,9 +108,9 @@ class Args:
 
     learner: tyro.conf.Positional[Literal["imitation"]]
     """Whose choices."""
-    updates: int = 40
+    updates: int = 12
     """Updates of each variant."""
-    budget: int = 64
+    budget: int = 48
     """Pairs that every (layer, KV head) keeps, in training and measuring."""
     batch: int = 16
     """Training traces of an update."""
