@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import tyro
-from torch import Tensor
 
 import agents
-import kvenv
 from agents.imitation import ImitationConfig, ImitationLearner, Student
 from agents.ranking_losses import LOSSES
 from agents.scorer import ScorerPolicy
@@ -32,33 +29,11 @@ from kvenv.features import FeatureSet, feature_set
 from kvenv.files import write_atomic
 from kvenv.layerwise import Policy
 from kvenv.models import load_model
-from kvenv.state import LayerState
 from kvenv.traces import load_traces
 
-ALL = "foresight+position"
-"""The feature set that holds all others."""
 FAMILIES = ("recall", "tracking", "dialogue", "reasoning")
 RIVALS = ("golden", "keydiff", "lagkv", "expected-attention", "random")
 """Measured beside the variants; the three heuristics are the best on validation traces."""
-
-
-def pairs(state: LayerState) -> Tensor:
-    """Key and value alone."""
-    return feature_set("kv").compute(state)[..., :-1]
-
-
-def foresight_position(state: LayerState) -> Tensor:
-    """Key, value, attention statistics and position."""
-    return torch.cat([feature_set("foresight").compute(state), state.positions[..., None].float()], dim=-1)
-
-
-kvenv.register_features("pairs", pairs, lambda head_dim, groups: 2 * head_dim)
-kvenv.register_features(
-    ALL,
-    foresight_position,
-    lambda head_dim, groups: 2 * head_dim + 8 * groups + 1,
-    frozenset({"stats"}),
-)
 
 
 @dataclass(frozen=True)
@@ -89,15 +64,13 @@ class Variant:
 
 GOLDEN_LEADS: dict[str, Any] = {"dagger": 0.0}
 VARIANTS = [
-    *(Variant(features, {}) for features in ("pre-rope", "foresight", "kv", "pairs", ALL)),
-    *(Variant(features, {"depth": 1}) for features in ("pre-rope", "foresight")),
-    *(Variant("pre-rope", {"inputs": inputs}) for inputs in ("standardised", "raw")),
+    *(Variant(features, {}) for features in ("pre-rope", "foresight", "kv")),
+    Variant("pre-rope", {"depth": 1}),
+    Variant("pre-rope", {"inputs": "raw"}),
     *(Variant("pre-rope", {"loss": loss}) for loss in LOSSES if loss != "cost"),
-    Variant("pre-rope", {"loss": "pairwise-weighted", "power": 1.0}),
     *(Variant("pre-rope", {"power": power}) for power in (1.0, 2.0, 4.0)),
     Variant("pre-rope", {"noise": 0.0}),
     *(Variant(features, GOLDEN_LEADS) for features in ("pre-rope", "foresight")),
-    *(Variant("pre-rope", {**GOLDEN_LEADS, "loss": loss}) for loss in ("pairwise-weighted", "pairwise")),
 ]
 """Those with the same share of DAgger learn from the same caches: golden's, or those of the first of them."""
 
