@@ -21,7 +21,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model": torch.nn.Identity()}, r"model must be a name, not Identity: .*kvenv\.register_model"),
     ({"traces": ragged}, r"traces must be a name, not function: .*kvenv\.register_traces"),
     ({"split": "dev"}, r"split 'dev'.*train, validation, test"),
-    ({"features": "foo"}, r"unknown features 'foo': known are kv, foresight, stats"),
+    ({"features": "foo"}, r"unknown features 'foo': known are kv, foresight, pre-rope, stats"),
     ({"reward": "foo"}, r"unknown reward 'foo': known are lm_loss, lm_loss_increase, foresight"),
     ({"schedule": "often"}, r"unknown schedule 'often': known are periodic, prefill"),
     ({"render_mode": "human"}, r"unknown render_mode 'human': known are None, ansi, rgb_array"),

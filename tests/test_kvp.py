@@ -125,7 +125,7 @@ def test_leave_one_out_is_the_formula(group: str) -> None:
 
 
 def test_the_reward_is_that_of_the_environment(store: Path) -> None:
-    agent = learner(store)
+    agent = learner(store, power=1.0)
     env, batch = KVRankEnv(store=str(store)), agent.batch(1)
     with torch.no_grad():
         scores = agent.scorer(batch.keys, batch.values, batch.positions, batch.ages)[0][..., batch.slots]
@@ -151,7 +151,7 @@ def test_a_batch_is_scored_as_the_policy_scores_each_trace(store: Path) -> None:
         recorded = agent.store[number]
         positions = torch.arange(cut)
         assert batch.mask[row].sum() == cut
-        torch.testing.assert_close(batch.utility[:, :, row, :cut], recorded.utility_at(cut))
+        torch.testing.assert_close(batch.utility[:, :, row, :cut], recorded.utility_at(cut) ** agent.config.power)
         for layer in range(2):
             pairs = (x[layer, None, :, :cut] for x in (recorded.keys, recorded.values))
             alone = agent.scorer(*pairs, positions, cut - positions, layer)[0]

@@ -224,7 +224,7 @@ def test_a_finished_run_is_extended_by_updates_alone(tmp_path: Path, straight: P
 @pytest.mark.parametrize(
     ("others", "says"),
     [
-        (["--learning-rate", "0.5"], r"--learning-rate 0\.5: the run has 0\.01"),
+        (["--learning-rate", "0.5"], r"--learning-rate 0\.5: the run has 0\.006"),
         (["--num-traces", "3"], r"--num-traces 3: the run has 2"),
         (["--budgets", "16", "32"], r"--budgets \[16, 32\]: the run has \[32\]"),
         (["--out", "elsewhere"], r"--out elsewhere: the run has"),
