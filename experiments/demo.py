@@ -32,7 +32,7 @@ class Args:
     """Updates of imitation, and then of grpo."""
     traces: tuple[str, ...] = ("recall", "tracking", "dialogue", "reasoning")
     """Trace families that the agent is trained and tested on."""
-    num_traces: int = 16
+    num_traces: int = 12
     """Held-out traces of each family."""
     budgets: tuple[int, ...] = (32, 64, 128)
     """Pairs that every (layer, KV head) keeps after an eviction."""

@@ -7,6 +7,7 @@ defaults are what the committed results were made with; smaller numbers try it o
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -69,7 +70,8 @@ def ship(plan: Plan, made: dict[str, Any]) -> None:
         own = asdict(plan.arguments(learner, seed).learner)
         if own.get("init"):
             own["init"] = "imitation-tiny"
-        policy.name, policy.training = name, {"learner": learner, **own, "command": made["command"]}
+        made_by = {key: made[key] for key in ("command", "commit", "date")}
+        policy.name, policy.training = name, {"learner": learner, **own, **made_by}
         policy.save(Path(agents.__file__).parent / "trained" / name)
 
 
@@ -138,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_jobs(plan.jobs(), args.processes, args.out / "times.json")
     claims = judge(plan)
     made = {
-        "command": "python -m experiments.reproduce claims",
+        "command": " ".join(["python -m experiments.reproduce", *(sys.argv[1:] if argv is None else argv)]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit(),
         "size": asdict(args.size),

@@ -287,7 +287,9 @@ def test_importing_agents_is_light() -> None:
 
 
 def test_an_unknown_policy_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"unknown policy 'h20': known are random, .*golden-expected, .*ppo-tiny, or a directory"):
+    with pytest.raises(
+        ValueError, match=r"unknown policy 'h20': known are random, .*golden-expected, .*ppo-tiny, or a directory"
+    ):
         agents.make("h20")
 
 
