@@ -58,15 +58,13 @@ class ImitationConfig:
     """How the scorer takes features in: squashed by the inverse hyperbolic sine and standardised, standardised only, or
     raw, which costs a scorer that sees the position most of what it can; see experiments/results."""
     noise: float = 0.5
-    """Standard deviation of what is added to the scorer's standardised inputs while it learns: what fits the training
-    words only doesn't survive it."""
+    """Standard deviation of what is added to the scorer's standardised inputs while it learns."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     budgets: tuple[int, ...] = (64,)
     """Budgets that updates draw from, one each."""
     dagger: float = 1.0
-    """Share of traces in which the scorer evicts (DAgger); golden does in the others. Labels are always golden's. What
-    golden kept says what will be asked: a scorer that learns from golden's caches alone trusts whatever has stayed."""
+    """Share of traces in which the scorer evicts (DAgger); golden does in the others. Labels are always golden's."""
     dagger_ramp: int = 5
     """Updates over which that share rises from 0."""
     seed: int = 0
