@@ -26,7 +26,7 @@ from experiments.cli import run
 from experiments.evaluate import wide_console
 from experiments.jobs import read_times, run_jobs
 from experiments.report import load
-from experiments.runs import POLICY, commit
+from experiments.runs import CONFIG, POLICY, commit
 from experiments.verdicts import Chosen, Claim, Measured
 from kvenv.files import write_atomic
 
@@ -96,7 +96,7 @@ def markdown(claims: Sequence[Claim], plan: Plan, made: dict[str, Any]) -> str:
         f"kind was chosen on {size.validation_traces} validation traces of each family and seed. Answer loss in nats, "
         "differences with paired 95 % intervals (traces, then seeds).",
         "",
-        f"All jobs took {sum(spent.values()) / 60:.1f} hours of one core: "
+        f"That took {sum(spent.values()) / 60:.1f} hours of one core, process starts and validation during training left out: "
         f"{', '.join(f'{kind} {value:.0f} min' for kind, value in spent.items())}.",
     ]
     for claim in claims:
@@ -112,13 +112,20 @@ def _listed(values: Sequence[int]) -> str:
     return ", ".join(map(str, values))
 
 
-def minutes(times: dict[str, float]) -> dict[str, float]:
-    """Return what the jobs took, by kind."""
+def minutes(plan: Plan, times: dict[str, float]) -> dict[str, float]:
+    """Return what recording, training and measuring took, by kind.
+
+    A training knows its own seconds, interruptions or not; those of the others are their jobs'.
+    """
     kinds: dict[str, float] = {}
     for name, seconds in times.items():
         first = name.split("-")[0]
-        kind = "measuring" if first in ("test", "validation", "long") else "recording" if first == "store" else first
-        kinds[kind] = kinds.get(kind, 0.0) + seconds / 60
+        kind = {"store": "recording", "test": "measuring", "validation": "measuring", "long": "measuring"}.get(first)
+        if kind:
+            kinds[kind] = kinds.get(kind, 0.0) + seconds / 60
+    for path in sorted((plan.out / "runs").glob(f"*/{CONFIG}")):
+        (one,) = load([path.parent])
+        kinds[one.learner] = kinds.get(one.learner, 0.0) + one.seconds / 60
     return {kind: round(value, 1) for kind, value in sorted(kinds.items())}
 
 
@@ -144,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit(),
         "size": asdict(args.size),
-        "minutes": minutes(read_times(args.out / "times.json")),
+        "minutes": minutes(plan, read_times(args.out / "times.json")),
     }
     # Imported here: matplotlib takes a second, and bad arguments shall not wait for it.
     from experiments.plots import plot_curves
