@@ -96,7 +96,7 @@ def markdown(claims: Sequence[Claim], plan: Plan, made: dict[str, Any]) -> str:
         f"kind was chosen on {size.validation_traces} validation traces of each family and seed. Answer loss in nats, "
         "differences with paired 95 % intervals (traces, then seeds).",
         "",
-        f"That took {sum(spent.values()) / 60:.1f} hours of one core, process starts and validation during training left out: "
+        f"That took {sum(spent.values()) / 60:.1f} hours of one core, validation during training left out: "
         f"{', '.join(f'{kind} {value:.0f} min' for kind, value in spent.items())}.",
     ]
     for claim in claims:
