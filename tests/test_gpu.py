@@ -17,7 +17,7 @@ from kvenv.vector_env import KVEvictVectorEnv
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-CAUSAL = [name for name in agents.names() if not name.startswith("golden")]
+CAUSAL = [name for name in agents.names(trained=False) if not name.startswith("golden")]
 
 
 @pytest.fixture
