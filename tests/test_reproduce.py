@@ -134,6 +134,7 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(reproduce, "heuristics", lambda: ["random", "keydiff"])
     for module in (claims, reproduce):
         monkeypatch.setattr(module, "attention_free", lambda: ["random", "keydiff"])
+    monkeypatch.setattr(claims, "FAMILIES", ("recall", "tracking"))
     done: list[str] = []
 
     def in_this_process(jobs: list[claims.Job], processes: int, times: Path) -> None:
@@ -146,7 +147,7 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     shipped = tmp_path / "package"
     monkeypatch.setattr(agents, "__file__", str(shipped / "__init__.py"))
     size = ["--seeds", "0", "--budgets", "32", "64", "--num-traces", "2", "--validation-traces", "2"]
-    size += ["--expected-traces", "1", "--store-traces", "8", "--updates", "2", "2", "2", "2"]
+    size += ["--expected-traces", "1", "--store-traces", "8", "--updates", "1", "1", "1", "1"]
     for _ in range(2):
         reproduce.main(["claims", "--out", str(tmp_path / "out"), "--ship", *size])
     assert len(done) == len(set(done)) > 30, "a job was done twice"
