@@ -6,8 +6,9 @@ one on short traces for transfer; everything measured on the same test traces, a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ EXPECTED = "golden-expected"
 SHORT, LONG = 256, 1024
 """Tokens of the traces that one KVP is trained on, and of those it is tested on."""
 MIDDLE = 64
-"""The budget at which transfer and ppo are measured."""
+"""The budget at which transfer and ppo, which is far behind the other learners, are measured."""
 
 
 def heuristics() -> list[str]:
@@ -62,6 +63,8 @@ class Size:
         Validation traces of each family, which choose what stands for the best.
     expected_traces : int
         Test traces of each family on which golden-expected is measured, too.
+    long_traces : int
+        Test traces of 1,024 tokens of each family, for kvp's transfer to lengths that it was not trained on.
     store_traces : int
         Recorded traces that kvp learns from.
     updates : tuple of int
@@ -72,7 +75,8 @@ class Size:
     budgets: tuple[int, ...] = (32, 48, 64, 96)
     num_traces: int = 200
     validation_traces: int = 16
-    expected_traces: int = 16
+    expected_traces: int = 12
+    long_traces: int = 50
     store_traces: int = 1000
     updates: tuple[int, int, int, int] = (24, 60, 500, 40)
 
@@ -90,6 +94,23 @@ class Plan:
 
     def __init__(self, out: Path, size: Size) -> None:
         self.out, self.size = out, size
+
+    def begin(self) -> None:
+        """Write down how much is measured, so that a second call goes on with the same, or with more seeds.
+
+        Raises
+        ------
+        ValueError
+            If the directory holds what was trained or measured with other numbers.
+        """
+        path, size = self.out / "size.json", json.loads(json.dumps(asdict(self.size)))
+        begun = json.loads(path.read_text()) if path.exists() else size
+        for name, value in size.items():
+            if name != "seeds" and begun.get(name) != value:
+                raise ValueError(
+                    f"{name} {value} is not what {self.out} was begun with, {begun.get(name)}: choose another --out"
+                )
+        write_atomic(path, json.dumps(size, indent=1) + "\n")
 
     def run(self, learner: str, seed: int) -> Path:
         """Return the directory of a training."""
@@ -164,14 +185,15 @@ class Plan:
         expected = replace(test, num_traces=size.expected_traces, batch_size=8)
         largest = max(size.budgets)
         middle = replace(test, budgets=(MIDDLE,), score_from=largest + test.interval)
-        far = replace(middle, trace_length=LONG)
+        far = replace(middle, trace_length=LONG, num_traces=size.long_traces)
         jobs = [self._measurement(EXPECTED, expected, EXPECTED)]
         for learner in LEARNERS:
             for seed in size.seeds:
                 policy, after = str(self.run(learner, seed) / POLICY), (f"{learner}-{seed}",)
-                jobs += [self._measurement(policy, args, learner, seed, after) for args in (validation, test)]
+                both = (middle,) if learner == "ppo" else (validation, test)
+                jobs += [self._measurement(policy, args, learner, seed, after) for args in both]
         jobs += [
-            self._measurement(str(self.run("ppo-initial", seed)), test, "ppo-initial", seed, (f"ppo-initial-{seed}",))
+            self._measurement(str(self.run("ppo-initial", seed)), middle, "ppo-initial", seed, (f"ppo-initial-{seed}",))
             for seed in size.seeds
         ]
         jobs += [

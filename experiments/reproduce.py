@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = tyro.cli(Args, args=argv, prog="kvenv reproduce")
     plan, console = Plan(args.out, args.size), wide_console()
+    plan.begin()
     run_jobs(plan.jobs(), args.processes, args.out / "times.json")
     claims = judge(plan)
     made = {

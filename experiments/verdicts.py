@@ -127,7 +127,7 @@ class Chosen:
     validation : Measured
         Validation rows.
     learned, heuristics : sequence of str
-        Who can stand for the best learned policy, and for the best heuristic.
+        Who can stand for the best learned policy, and for the best heuristic, where they were measured.
     """
 
     def __init__(self, validation: Measured, learned: Sequence[str], heuristics: Sequence[str]) -> None:
@@ -142,7 +142,8 @@ class Chosen:
         return self._best(self._heuristics, family, budget)
 
     def _best(self, policies: Sequence[str], family: str, budget: int) -> str:
-        return min(policies, key=lambda policy: self.validation.mean(policy, family, budget))
+        measured = [policy for policy in policies if self.validation.has(policy, family, budget)]
+        return min(measured, key=lambda policy: self.validation.mean(policy, family, budget))
 
 
 def half_budget(test: Measured, chosen: Chosen, budgets: Sequence[int]) -> Claim:
@@ -177,13 +178,13 @@ def smallest_budgets(test: Measured, budgets: Sequence[int]) -> Claim:
     for policy in test.policies:
         line: list[Any] = [policy]
         for family in test.families:
+            measured = [budget for budget in sorted(budgets) if test.has(policy, family, budget)]
             enough = [
                 budget
-                for budget in sorted(budgets)
-                if test.has(policy, family, budget)
-                and test.mean(policy, family, budget) - test.mean(FULL, family, budget) <= WITHIN
+                for budget in measured
+                if test.mean(policy, family, budget) - test.mean(FULL, family, budget) <= WITHIN
             ]
-            line.append(enough[0] if enough else f"> {max(budgets)}")
+            line.append(enough[0] if enough else f"> {measured[-1]}" if measured else "-")
         table.append(line)
     says = f"The smallest budget within {WITHIN} nat of the full cache's answer loss."
     return Claim("Smallest budget", says, None, ["policy", *test.families], table)

@@ -128,6 +128,13 @@ def test_the_plan_measures_everything_that_is_claimed(tmp_path: Path) -> None:
     assert {f"test-{name}-0" for name in (*heuristics(), "golden", "golden-expected", "full")} <= set(names)
 
 
+def test_a_directory_goes_on_with_more_seeds_but_no_other_numbers(tmp_path: Path) -> None:
+    Plan(tmp_path, Size(seeds=(0,), num_traces=64)).begin()
+    Plan(tmp_path, Size(seeds=(0, 1), num_traces=64)).begin()
+    with pytest.raises(ValueError, match=r"num_traces 200 is not what .* was begun with, 64: choose another --out"):
+        Plan(tmp_path, Size()).begin()
+
+
 @pytest.mark.slow
 def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "heuristics", lambda: ["random", "keydiff"])
@@ -147,7 +154,7 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     shipped = tmp_path / "package"
     monkeypatch.setattr(agents, "__file__", str(shipped / "__init__.py"))
     size = ["--seeds", "0", "--budgets", "32", "64", "--num-traces", "2", "--validation-traces", "2"]
-    size += ["--expected-traces", "1", "--store-traces", "8", "--updates", "1", "1", "1", "1"]
+    size += ["--expected-traces", "1", "--long-traces", "1", "--store-traces", "8", "--updates", "1", "1", "1", "1"]
     for _ in range(2):
         reproduce.main(["claims", "--out", str(tmp_path / "out"), "--ship", *size])
     assert len(done) == len(set(done)) > 30, "a job was done twice"
