@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.learner import State
 from kvenv.files import write_atomic
@@ -96,6 +96,26 @@ def _read(path: Path) -> State:
     if not isinstance(description.get("values"), dict):
         raise ValueError(f"{_VALUES} has no object 'values'")
     return State(load(tensors), description["values"])
+
+
+def module_state(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Return copies of a module's tensors by prefixed name."""
+    return {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def restore_module(module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
+    """Put back what :func:`module_state` returned.
+
+    Raises
+    ------
+    ValueError
+        If it doesn't fit the module.
+    """
+    own = {key.removeprefix(f"{prefix}."): x for key, x in tensors.items() if key.startswith(f"{prefix}.")}
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as error:
+        raise ValueError(f"the state's {prefix} doesn't fit this learner's: {error}") from error
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, Tensor]:

@@ -7,15 +7,17 @@ language model's GRPO (arXiv 2402.03300); the loss is the mean over picks, then 
 Memory doesn't grow with the number of windows but for the evicted positions and their log-probabilities: a second,
 teacher-forced pass replays the evictions, and every decision's features are made, learnt from and forgotten in place.
 
-There is no credit per layer: a trajectory's loss is a joint outcome of all layers. Letting only one layer of a rollout
-explore would attribute it, but leaves each layer 1/L of the rollouts; where effects add up that is exactly the variance
-that the other layers' exploration costs.
+A trajectory's loss is a joint outcome of thousands of picks. The paper credits all of them alike; what attributes the
+loss is attention: a query can only miss pairs that it would have attended to (credit ``attention``). Letting only one
+layer of a rollout explore would attribute it, too, but leaves each layer 1/L of the rollouts; where effects add up that
+is exactly the variance that the other layers' exploration costs.
 """
 
 from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
@@ -25,16 +27,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import agents
-from agents.checkpoint import optimizer_state, restore_optimizer
+from agents.attention_credit import attention_credit
+from agents.checkpoint import module_state, optimizer_state, restore_module, restore_optimizer
 from agents.episodes import Episodes
 from agents.learner import Learner, State
 from agents.ranking_policy import Evictions, ReplayPolicy, SamplingPolicy
-from agents.returns import CREDITS, group_advantages, rollout_metrics, window_losses
+from agents.returns import CREDITS, group_advantages, rollout_metrics, target_advantages, window_losses
+from agents.schedule import warm_cosine
 from agents.scorer import ScorerPolicy
 from kvenv import plackett_luce
 from kvenv.attention import HandedCache
 from kvenv.features import feature_set
 from kvenv.registry import REWARDS
+from kvenv.rewards import WindowLosses
 from kvenv.state import LayerState, Protection
 from kvenv.traces import Trace, TraceSource
 
@@ -43,7 +48,7 @@ from kvenv.traces import Trace, TraceSource
 class GRPOConfig:
     """Hyper-parameters of GRPO."""
 
-    updates: int = 50
+    updates: int = 60
     """Updates; each makes new rollouts."""
     init: str = ""
     """Policy to start from, a name or a directory, e.g. an imitation run's; if empty, random weights."""
@@ -57,26 +62,30 @@ class GRPOConfig:
     """Budgets that updates draw from, one each."""
     reward: str = "lm_loss_increase"
     """What a window is paid: foresight, lm_loss, lm_loss_increase, answer_loss or a registered name."""
-    credit: Literal["trajectory", "window"] = "window"
-    """What a decision is credited with: the trajectory's return (the paper), or what is paid from its window on."""
+    credit: Literal["trajectory", "window", "attention"] = "attention"
+    """What a pick is credited with: its trajectory's return (the paper), what is paid from its window on, or what is
+    paid for the targets whose queries would have attended to what went."""
     temperature: float = 0.3
     """Of the sampled evictions: logits are -score / temperature. It goes with the scale of the scores: 0.3 suits
     imitation's cost, 0.05 its pairwise losses, 0.5 its likelihood, 1 random weights."""
     clip: float = 0.2
     """How far from 1 the ratio of a pick pays."""
-    kl: float = 0.05
-    """Weight of the KL divergence from the initial policy, per pick ..."""
+    kl: float = 2e-4
+    """Weight of the KL divergence from the initial policy, per pick. In the paper's code it is 0.05, but every pick is
+    credited with the whole trajectory; credit by attention is shared out and that much smaller."""
     kl_updates: int = 100
-    """... in so many first updates; 0 afterwards."""
-    learning_rate: float = 1e-3
+    """Updates after which that weight is 0."""
+    learning_rate: float = 3e-3
     """Adam's step size after the warm-up (3e-4 in the paper's code)."""
+    last_rate: float = 0.1
+    """Factor that a cosine lets the step size fall to; 1 keeps it, as in the paper's code."""
     warmup: int = 10
     """Updates of linear warm-up."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     hidden: int = 64
     """Units of a hidden layer of a scorer that starts from random weights."""
-    depth: int = 2
+    depth: int = 1
     """Hidden layers of such a scorer; one is the paper's, more are normalised."""
     seed: int = 0
     """Seed of traces, budgets, noise and random weights."""
@@ -93,7 +102,7 @@ class GRPOConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be at least {least}")
-        for name in ("temperature", "clip", "learning_rate", "grad_clip"):
+        for name in ("temperature", "clip", "learning_rate", "last_rate", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be positive")
         if not self.budgets:
@@ -115,6 +124,7 @@ PRESETS = {
         kl=0.05,
         kl_updates=100,
         learning_rate=3e-4,
+        last_rate=1.0,
         warmup=10,
         grad_clip=1.0,
         hidden=16,
@@ -122,6 +132,10 @@ PRESETS = {
     ),
 }
 """Published hyper-parameters, from the paper's code where it is public; its group is as large as there were GPUs."""
+
+
+Advantages = Callable[[int, int], Tensor]
+"""Of the picks of a layer and window."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,8 @@ class Experience:
         B.
     evictions : Evictions
         What went.
+    windows : WindowLosses
+        Of all windows: N * J rows, the J windows of a rollout side by side.
     reward : Tensor (N, J)
         What each window paid.
     metrics : dict
@@ -145,6 +161,7 @@ class Experience:
     traces: list[Trace]
     budget: int
     evictions: Evictions
+    windows: WindowLosses
     reward: Tensor
     metrics: dict[str, float]
 
@@ -205,10 +222,11 @@ class GRPOLearner(Learner):
         experience = self.collect()
         collected = time.perf_counter()
         config = self.config
-        advantages = group_advantages(experience.reward, config.group, config.credit)
+        advantages = self.advantages(experience)
+        rate = warm_cosine(self.done, config.updates, config.warmup, 1 / max(1, config.warmup), config.last_rate)
         kl_weight = config.kl if self.done < config.kl_updates else 0.0
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (self.done + 1) / max(1, config.warmup))
+            group["lr"] = config.learning_rate * rate
         for _ in range(config.epochs):
             self.optimizer.zero_grad()
             metrics = self.accumulate(experience, advantages, kl_weight)
@@ -249,17 +267,28 @@ class GRPOLearner(Learner):
         windows = window_losses(self.episodes.model, traces, done.losses, budget + interval, interval)
         reward = self._reward(windows).unflatten(0, (len(rows), -1))
         metrics = rollout_metrics(windows, reward) | {"time/policy": sampler.seconds}
-        return Experience(rows, budget, evictions, reward, metrics)
+        return Experience(rows, budget, evictions, windows, reward, metrics)
 
-    def accumulate(self, experience: Experience, advantages: Tensor, kl_weight: float) -> dict[str, float]:
+    def advantages(self, experience: Experience) -> Advantages:
+        """Return how much better picks did than those of the other rollouts of their trace."""
+        config, evictions = self.config, experience.evictions
+        if config.credit != "attention":
+            by_window = group_advantages(experience.reward, config.group, config.credit)
+            return lambda layer, window: by_window[:, window, None, None]
+        traces, capacity = experience.traces[:: config.group], experience.budget + self.episodes.interval
+        paid = target_advantages(self._reward, experience.windows, len(experience.traces), config.group)
+        credit = attention_credit(self.episodes.model, traces, evictions, paid, capacity)
+        return lambda layer, window: credit[layer].gather(-1, evictions.positions[layer][window].long().clamp(min=0))
+
+    def accumulate(self, experience: Experience, advantages: Advantages, kl_weight: float) -> dict[str, float]:
         """Add the loss's gradient to the scorer's, one decision of one layer at a time, and return the metrics.
 
         Parameters
         ----------
         experience : Experience
             The rollouts, which are replayed.
-        advantages : Tensor (N, J)
-            Of each window.
+        advantages : callable
+            Of the picks of a layer and window: Tensor (N, H, W), or what broadcasts to it.
         kl_weight : float
             Weight of the divergence from the reference.
         """
@@ -274,10 +303,11 @@ class GRPOLearner(Learner):
             features = self.features.compute(state)
             picks = (order, state.mask, count, interval)
             share = weight[:, None] / count.clamp(min=1)
+            advantage = advantages(layer, window).to(features.dtype)
             with torch.enable_grad():
                 logits = -self.scorer(features, layer) / config.temperature
                 change = plackett_luce.log_prob(logits, *picks) - evictions.log_prob[layer][window]
-                ratio, advantage = change.exp(), advantages[:, window, None, None].to(change.dtype)
+                ratio = change.exp()
                 clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
                 # Where no pick was made the change is 0, but the ratio is 1.
                 made = torch.arange(interval, device=order.device) < count[..., None]
@@ -303,25 +333,14 @@ class GRPOLearner(Learner):
 
     def state(self) -> State:
         """Return weights, reference, moments and the count of updates, from which traces and noise follow."""
-        tensors = optimizer_state(self.optimizer)
-        for prefix, scorer in (("scorer", self.scorer), ("reference", self.reference)):
-            tensors |= {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in scorer.state_dict().items()}
-        return State(tensors, {"learner": self.name, "done": self.done})
+        tensors = module_state(self.scorer, "scorer") | module_state(self.reference, "reference")
+        return State(tensors | optimizer_state(self.optimizer), {"learner": self.name, "done": self.done})
 
     def restore(self, state: State) -> None:
         """Go on from a state."""
-        if state.values.get("learner") != self.name:
-            raise ValueError(f"the state is of learner {state.values.get('learner')!r}, not {self.name!r}")
-        for prefix, scorer in (("scorer", self.scorer), ("reference", self.reference)):
-            own = {
-                name.removeprefix(f"{prefix}."): tensor
-                for name, tensor in state.tensors.items()
-                if name.startswith(f"{prefix}.")
-            }
-            try:
-                scorer.load_state_dict(own)
-            except RuntimeError as error:
-                raise ValueError(f"the state's {prefix} doesn't fit this learner's: {error}") from error
+        self.check(state)
+        restore_module(self.scorer, state.tensors, "scorer")
+        restore_module(self.reference, state.tensors, "reference")
         restore_optimizer(self.optimizer, state.tensors)
         self.done = int(state.values["done"])
 

@@ -7,7 +7,7 @@ an optimizer of its own, and nothing is kept of a decision that was learnt from.
 
 from __future__ import annotations
 
-import math
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agents.base import Policy, needed
-from agents.checkpoint import optimizer_state, restore_optimizer
+from agents.checkpoint import module_state, optimizer_state, restore_module, restore_optimizer
 from agents.episodes import Episodes
 from agents.learner import Learner, State
 from agents.ranking_losses import LOSSES, LossName
+from agents.schedule import follow, warm_cosine
 from agents.scorer import Inputs, Scorer, ScorerPolicy
 from kvenv.features import FeatureSet, feature_set
 from kvenv.state import LayerState, Protection
@@ -32,15 +33,16 @@ from kvenv.traces import TraceSource
 class ImitationConfig:
     """Hyper-parameters of imitation."""
 
-    updates: int = 24
+    updates: int = 96
     """Updates; each leads its traces from the first decision to the last and takes a gradient step at every one."""
     num_traces: int = 16
     """Traces of an update. A mixture's families come in turn: choose a multiple of their number."""
-    loss: LossName = "cost"
+    loss: LossName = "team-cost"
     """How golden's order is learnt: the cost over all budgets of rankings drawn by the scores (KVP's reward in closed
-    form), a hinge on pairs, weighted by how much their order matters or all alike (ForesightKV's paper), regression on
-    the logarithm of the utility, shares of utility as a distribution (ListNet), or the likelihood of golden's order
-    under the Plackett-Luce model (ListMLE)."""
+    form), of a layer's heads together, which stand in for each other, or of each head alone; a hinge on pairs,
+    weighted by how much their order matters or all alike (ForesightKV's paper), regression on the logarithm of the
+    utility, shares of utility as a distribution (ListNet), or the likelihood of golden's order under the Plackett-Luce
+    model (ListMLE)."""
     learning_rate: float = 6e-3
     """Adam's step size after the warm-up; falls to a twentieth by a cosine."""
     warmup: int = 5
@@ -52,18 +54,18 @@ class ImitationConfig:
     """How much higher the better of two pairs must score in the pairwise losses (0.01 in the paper's code)."""
     hidden: int = 64
     """Units of a hidden layer of the scorer (16 in the paper's code)."""
-    depth: int = 2
+    depth: int = 1
     """Hidden layers of the scorer; one is the paper's, more are normalised."""
     inputs: Inputs = "squashed"
     """How the scorer takes features in: squashed by the inverse hyperbolic sine and standardised, standardised only, or
     raw, which costs a scorer that sees the position most of what it can; see experiments/results."""
-    noise: float = 0.5
-    """Standard deviation of what is added to the scorer's standardised inputs while it learns."""
+    ema: float = 0.99
+    """Decay of the running mean of the weights, which is the policy: single traces pull the weights about."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     budgets: tuple[int, ...] = (64,)
     """Budgets that updates draw from, one each."""
-    dagger: float = 1.0
+    dagger: float = 0.5
     """Share of traces in which the scorer evicts (DAgger); golden does in the others. Labels are always golden's."""
     dagger_ramp: int = 5
     """Updates over which that share rises from 0."""
@@ -74,8 +76,9 @@ class ImitationConfig:
         for name, least in (("num_traces", 1), ("hidden", 1), ("depth", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be at least {least}")
-        if not 0 <= self.dagger <= 1:
-            raise ValueError(f"dagger {self.dagger} is no share: choose 0 to 1")
+        for name in ("dagger", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is no share: choose 0 to 1")
         if self.loss not in LOSSES:
             raise ValueError(f"unknown loss {self.loss!r}: known are {', '.join(LOSSES)}")
         if not self.budgets:
@@ -90,7 +93,7 @@ PRESETS = {
         power=1.0,
         learning_rate=1e-2,
         margin=0.01,
-        noise=0.0,
+        ema=0.0,
         hidden=16,
         depth=1,
         dagger=0.0,
@@ -114,16 +117,16 @@ class Student:
 
     def __init__(self, scorer: Scorer, features: FeatureSet, config: ImitationConfig) -> None:
         self.scorer, self.features, self.config = scorer, features, config
-        self.layers = [scorer.part(layer) for layer in range(scorer.shape[0])]
+        self.mean = copy.deepcopy(scorer)
+        self.layers, self._means = ([x.part(layer) for layer in range(x.shape[0])] for x in (scorer, self.mean))
+        self.steps = [0] * len(self.layers)
         self.optimizers = [torch.optim.Adam(part.parameters(), lr=config.learning_rate) for part in self.layers]
 
-    def score(self, state: LayerState, generator: torch.Generator) -> Tensor:
+    def score(self, state: LayerState) -> Tensor:
         """Return the scores (N, H, C) of a decision of one layer, which :meth:`learn` takes with their history."""
-        part = self.layers[state.layer]
-        x = part.standardise(self.features.compute(state), 0)
-        disturbed = x + self.config.noise * torch.randn(x.shape, generator=generator, device=x.device)
+        features = self.features.compute(state)
         with torch.enable_grad():
-            return part.score(disturbed, 0)
+            return self.layers[state.layer](features, 0)
 
     def learn(self, scores: Tensor, state: LayerState, rate: float) -> tuple[Tensor, Tensor]:
         """Take a gradient step on a decision of one layer.
@@ -152,11 +155,13 @@ class Student:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+        self.steps[state.layer] += 1
+        follow(self._means[state.layer], part, self.steps[state.layer], config.ema)
         return loss.detach(), norm
 
 
 class Lesson(Policy):
-    """Leads episodes: golden's ranking or the first student's (noise and all), row by row; all students learn.
+    """Leads episodes: golden's ranking or the first student's, row by row; all students learn.
 
     Parameters
     ----------
@@ -166,8 +171,6 @@ class Lesson(Policy):
         Rows in which the first student decides.
     rate : float
         Factor on the students' step size.
-    seed : int
-        Of the noise on their inputs.
 
     Attributes
     ----------
@@ -177,9 +180,8 @@ class Lesson(Policy):
 
     name = "lesson"
 
-    def __init__(self, students: Sequence[Student], led: Tensor, rate: float, seed: int) -> None:
+    def __init__(self, students: Sequence[Student], led: Tensor, rate: float) -> None:
         self.students, self.led, self.rate = students, led, rate
-        self._generators = [torch.Generator(led.device).manual_seed(seed) for _ in students]
         self.deciding = self.learning = 0.0
         self.needs = frozenset({"future"}).union(*(student.features.needs for student in students))
         self._losses: list[Tensor] = []
@@ -188,7 +190,7 @@ class Lesson(Policy):
     def __call__(self, state: LayerState) -> Tensor:
         """Return priorities (N, H, C)."""
         began = time.perf_counter()
-        scores = [student.score(state, own) for student, own in zip(self.students, self._generators)]
+        scores = [student.score(state) for student in self.students]
         scored = time.perf_counter()
         learnt = [
             student.learn(own, state, self.rate * student.config.learning_rate)
@@ -254,12 +256,14 @@ class ImitationLearner(Learner):
             budget,
             future=self.episodes.future(traces, budget),
         )
+        for student in self.students:
+            student.mean.load_state_dict(student.scorer.state_dict())
 
     @property
     def policy(self) -> ScorerPolicy:
         """The policy as trained so far."""
         student, training = self.students[0], {"learner": self.name, "updates_done": self.done, **asdict(self.config)}
-        return ScorerPolicy(student.scorer, student.features.name, self.name, training)
+        return ScorerPolicy(student.mean, student.features.name, self.name, training)
 
     def update(self) -> dict[str, float]:
         """Lead some traces from the first decision to the last, learn from each, and return the metrics."""
@@ -269,7 +273,8 @@ class ImitationLearner(Learner):
         traces = self.episodes.draw(rng, config.num_traces, budget)
         share = config.dagger * min(1.0, self.done / max(1, config.dagger_ramp))
         led = torch.as_tensor(rng.random(len(traces)) < share, device=self.episodes.model.device)
-        lesson = Lesson(self.students, led, self._rate(), int(rng.integers(2**31)))
+        rate = warm_cosine(self.done, config.updates, config.warmup, 0.2, 0.05)
+        lesson = Lesson(self.students, led, rate)
         rollout = self.episodes.play(lesson, traces, budget, future=self.episodes.future(traces, budget))
         paid = rollout.losses.nll[:, budget + self.episodes.interval :].sum(dim=1) / self.episodes.interval
         self.done += 1
@@ -285,10 +290,10 @@ class ImitationLearner(Learner):
     def state(self) -> State:
         """Return weights and moments; traces, budgets and leaders follow from the count of updates."""
         student = self.students[0]
-        tensors = {f"scorer.{name}": tensor.detach().clone() for name, tensor in student.scorer.state_dict().items()}
+        tensors = module_state(student.scorer, "scorer") | module_state(student.mean, "mean")
         for layer, optimizer in enumerate(student.optimizers):
             tensors |= optimizer_state(optimizer, f"optimizer.{layer}")
-        return State(tensors, {"learner": self.name, "done": self.done})
+        return State(tensors, {"learner": self.name, "done": self.done, "steps": list(student.steps)})
 
     def restore(self, state: State) -> None:
         """Go on from a state.
@@ -298,15 +303,11 @@ class ImitationLearner(Learner):
         ValueError
             If the state is of another learner or other shapes.
         """
-        if state.values.get("learner") != self.name:
-            raise ValueError(f"the state is of learner {state.values.get('learner')!r}, not {self.name!r}")
-        student, prefix = self.students[0], "scorer."
-        weights = {key.removeprefix(prefix): x for key, x in state.tensors.items() if key.startswith(prefix)}
-        try:
-            student.scorer.load_state_dict(weights)
-            self.done = int(state.values["done"])
-        except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"the state doesn't fit this scorer: {error}") from error
+        self.check(state)
+        student = self.students[0]
+        restore_module(student.scorer, state.tensors, "scorer")
+        restore_module(student.mean, state.tensors, "mean")
+        self.done, student.steps = int(state.values["done"]), [int(steps) for steps in state.values["steps"]]
         for layer, optimizer in enumerate(student.optimizers):
             optimizer.state.clear()
             restore_optimizer(optimizer, state.tensors, f"optimizer.{layer}")
@@ -315,14 +316,6 @@ class ImitationLearner(Learner):
         """Return who learns; the first one is the policy."""
         config = self.config
         return [Student(self.episodes.scorer(features, config.hidden, config.depth, config.seed), features, config)]
-
-    def _rate(self) -> float:
-        """Factor on the learning rate: linear warm-up, then a cosine down to a twentieth."""
-        warmup, updates = self.config.warmup, self.config.updates
-        if self.done < warmup:
-            return (self.done + 1) / warmup
-        share = min(1.0, (self.done - warmup) / max(1, updates - warmup))
-        return 0.525 + 0.475 * math.cos(math.pi * share)
 
 
 class _Shown(Policy):

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.checkpoint import optimizer_state, restore_optimizer
+from agents.checkpoint import module_state, optimizer_state, restore_module, restore_optimizer
 from agents.kvp_scorer import KVPPolicy, KVPScorer
 from agents.learner import Learner, State
+from agents.schedule import follow, warm_cosine
 from kvenv import noise, plackett_luce
 from kvenv.rank_env import cost, least_cost
 from kvenv.store import RecordedTrace
@@ -261,7 +262,7 @@ class KVPLearner(Learner):
         """Descend, update the running mean, and return the largest gradient norm of an agent."""
         config = self.config
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * self._rate(self.done)
+            group["lr"] = config.learning_rate * warm_cosine(self.done, config.updates, config.warmup, 0.01, 0.02)
         self.optimizer.zero_grad()
         loss.backward()
         gradients = [weight.grad for weight in self.scorer.parameters() if weight.grad is not None]
@@ -270,20 +271,8 @@ class KVPLearner(Learner):
             gradient *= (config.grad_clip / norms.clamp(min=config.grad_clip))[..., None, None]
         self.optimizer.step()
         self.done += 1
-        # Early on the mean forgets faster: the initial weights are no estimate of anything.
-        decay = min(config.ema, self.done / (self.done + 10))
-        with torch.no_grad():
-            for mean, weight in zip(self.average.parameters(), self.scorer.parameters(), strict=True):
-                mean.lerp_(weight, 1 - decay)
+        follow(self.average, self.scorer, self.done, config.ema)
         return float(norms.max())
-
-    def _rate(self, update: int) -> float:
-        """Factor on the learning rate: linear warm-up from a hundredth, then a cosine down to a fiftieth."""
-        warmup, updates = self.config.warmup, self.config.updates
-        if update < warmup:
-            return 0.01 + 0.99 * update / warmup
-        share = min(1.0, (update - warmup) / max(1, updates - warmup))
-        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
 
     def _check(self) -> None:
         """Refuse what can't work."""
@@ -305,8 +294,7 @@ class KVPLearner(Learner):
 
     def state(self) -> State:
         """Return weights, their running mean and the optimizer's moments; data and noise follow from ``done``."""
-        tensors = {f"scorer.{name}": x.detach().clone() for name, x in self.scorer.state_dict().items()}
-        tensors |= {f"average.{name}": x.detach().clone() for name, x in self.average.state_dict().items()}
+        tensors = module_state(self.scorer, "scorer") | module_state(self.average, "average")
         return State(tensors | optimizer_state(self.optimizer), {"learner": self.name, "done": self.done})
 
     def restore(self, state: State) -> None:
@@ -317,14 +305,9 @@ class KVPLearner(Learner):
         ValueError
             If the state is of another learner or other shapes.
         """
-        if state.values.get("learner") != self.name:
-            raise ValueError(f"the state is of learner {state.values.get('learner')!r}, not {self.name!r}")
-        try:
-            for prefix, scorer in (("scorer.", self.scorer), ("average.", self.average)):
-                weights = {key.removeprefix(prefix): x for key, x in state.tensors.items() if key.startswith(prefix)}
-                scorer.load_state_dict(weights)
-            self.done = int(state.values["done"])
-        except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"the state doesn't fit this scorer: {error}") from error
+        self.check(state)
+        restore_module(self.scorer, state.tensors, "scorer")
+        restore_module(self.average, state.tensors, "average")
+        self.done = int(state.values["done"])
         self.optimizer.state.clear()
         restore_optimizer(self.optimizer, state.tensors)

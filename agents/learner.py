@@ -66,3 +66,14 @@ class Learner(ABC):
         ValueError
             If the state is of another learner or other shapes.
         """
+
+    def check(self, state: State) -> None:
+        """Refuse the state of another learner.
+
+        Raises
+        ------
+        ValueError
+            If it is.
+        """
+        if state.values.get("learner") != self.name:
+            raise ValueError(f"the state is of learner {state.values.get('learner')!r}, not {self.name!r}")

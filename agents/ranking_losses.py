@@ -11,7 +11,7 @@ from torch import Tensor
 from kvenv import plackett_luce
 from kvenv.ranking import eviction_order
 
-LossName = Literal["cost", "pairwise-weighted", "pairwise", "regression", "listwise", "likelihood"]
+LossName = Literal["team-cost", "cost", "pairwise-weighted", "pairwise", "regression", "listwise", "likelihood"]
 
 
 def expected_cost(scores: Tensor, utility: Tensor, mask: Tensor) -> Tensor:
@@ -26,9 +26,57 @@ def expected_cost(scores: Tensor, utility: Tensor, mask: Tensor) -> Tensor:
         Over the cost of golden's order: 1 is the best; mean over the decisions in which any pair is of use.
     """
     worth = torch.where(mask, utility.to(scores.dtype).clamp(min=0), 0.0)
+    return _over_least((worth * _expected_rank(scores, mask)).sum(dim=-1), worth)
+
+
+def team_cost(scores: Tensor, utility: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    """Return the expected cost of the heads of a layer together: what a head evicts costs less if another holds it.
+
+    A head stands in for another at a position as far as golden says that it will attend to it, up to as much, and at
+    the share of budgets at which it is expected to hold the pair: at all of them if the pair is protected, at none if
+    it has been evicted. Heads that see the same would otherwise all keep, and all lose, the same pairs.
+
+    Parameters
+    ----------
+    scores, utility : Tensor (N, H, C)
+        The scorer's output and golden's utility.
+    mask : Tensor (N, H, C) bool
+        Candidates.
+    positions : Tensor (N, H, C) int64
+        Of the pairs, -1 where a slot is empty.
+
+    Returns
+    -------
+    Tensor ()
+        Over the cost of golden's order, each head for itself.
+    """
+    heads, length = scores.shape[1], int(positions.max()) + 2
+    useful = utility.to(scores.dtype).clamp(min=0)
+    rank = _expected_rank(scores, mask)
+    gone = torch.where(mask, rank / mask.sum(dim=-1, keepdim=True).clamp(min=1), 0.0)
+
+    def elsewhere(values: Tensor, absent: float) -> Tensor:
+        """Return what every head (N, H, other H, C) says of the pairs of each."""
+        by_position = values.new_full((*values.shape[:2], length), absent).scatter(-1, positions + 1, values)
+        at = (positions + 1)[:, :, None].expand(-1, -1, heads, -1)
+        return by_position[:, None].expand(-1, heads, -1, -1).gather(-1, at)
+
+    stands_in = (elsewhere(useful, 0.0) / useful.clamp(min=1e-12)[:, :, None]).clamp(max=1.0)
+    missing = 1 - stands_in * (1 - elsewhere(gone, 1.0))
+    itself = torch.eye(heads, dtype=torch.bool, device=scores.device)[:, :, None]
+    worth = torch.where(mask, useful, 0.0)
+    return _over_least((worth * rank * torch.where(itself, 1.0, missing).prod(dim=2)).sum(dim=-1), worth)
+
+
+def _expected_rank(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return at which rank (..., C) each pair is expected, 1 being kept longest, among the candidates."""
     before = (scores[..., None, :] - scores[..., :, None]).sigmoid() * mask[..., None, :]
     # A pair counts as before itself with one half: ranks begin at 1.
-    cost = (worth * (0.5 + before.sum(dim=-1))).sum(dim=-1)
+    return 0.5 + before.sum(dim=-1)
+
+
+def _over_least(cost: Tensor, worth: Tensor) -> Tensor:
+    """Return the mean of costs (...) over the least that is possible, over the decisions in which a pair is of use."""
     best = worth.sort(dim=-1, descending=True).values
     least = (best * torch.arange(1, best.shape[-1] + 1, device=best.device)).sum(dim=-1)
     useful = least > 0
@@ -101,6 +149,7 @@ def likelihood(scores: Tensor, utility: Tensor, mask: Tensor, positions: Tensor)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
+    "team-cost": lambda scores, utility, mask, positions, _: team_cost(scores, utility, mask, positions),
     "cost": lambda scores, utility, mask, _, __: expected_cost(scores, utility, mask),
     "pairwise-weighted": lambda scores, utility, mask, _, margin: pairwise_hinge(scores, utility, mask, margin),
     "pairwise": lambda scores, utility, mask, _, margin: pairwise_hinge(scores, utility, mask, margin, False),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from kvenv.decode import Losses, full_cache_losses
 from kvenv.rewards import FullLosses, WindowLosses, low_entropy
 from kvenv.traces import Trace
 
-CREDITS = ("trajectory", "window")
-"""What a decision can be credited with: its trajectory's return, or what is paid from its window on."""
+CREDITS = ("trajectory", "window", "attention")
+"""What picks can be credited with: their trajectory's return, what is paid from their window on, or what is paid for
+the targets whose queries would have attended to what went (:mod:`agents.attention_credit`)."""
 
 
 def group_advantages(reward: Tensor, group: int, credit: str = "trajectory") -> Tensor:
@@ -36,11 +38,56 @@ def group_advantages(reward: Tensor, group: int, credit: str = "trajectory") -> 
     """
     to_go = reward.flip(1).cumsum(dim=1).flip(1)
     returns = to_go[:, :1].expand(reward.shape) if credit == "trajectory" else to_go
-    grouped, whole = (x.unflatten(0, (-1, group)) for x in (returns, to_go[:, :1]))
+    grouped = returns.unflatten(0, (-1, group))
+    return _in_spreads(grouped - grouped.mean(dim=1, keepdim=True), to_go[:, 0], group)
+
+
+def target_advantages(
+    reward: Callable[[WindowLosses], Tensor], windows: WindowLosses, rollouts: int, group: int
+) -> Tensor:
+    """Return how much more a rollout is paid for each target than the others of its trace.
+
+    Rewards pay windows; what they pay a target is their slope in its loss times how far that is from the group's mean:
+    for the LM losses exactly the target's share, for others to first order.
+
+    Parameters
+    ----------
+    reward : callable
+        Pays windows; differentiable in their losses.
+    windows : WindowLosses
+        N * J rows of W targets, the J windows of a rollout and the G rollouts of a trace side by side.
+    rollouts, group : int
+        N and G.
+
+    Returns
+    -------
+    Tensor (N, J * W)
+        In standard deviations of the group's returns, times W; 0 where all rollouts of a trace are paid alike.
+
+    Raises
+    ------
+    ValueError
+        If the reward is no differentiable function of the losses.
+    """
+    full = windows.full
+    with torch.enable_grad():
+        nll = windows.nll.detach().requires_grad_()
+        paid = reward(replace(windows, nll=nll, run_full=lambda: full))
+        if not paid.requires_grad:
+            raise ValueError("credit 'attention' needs a reward that is a differentiable function of losses.nll")
+        (slope,) = torch.autograd.grad(paid.sum(), nll)
+    loss, slope = (x.reshape(rollouts // group, group, -1) for x in (windows.nll, slope))
+    share = slope * (loss - loss.mean(dim=1, keepdim=True)) * windows.interval
+    return _in_spreads(share, paid.detach().reshape(rollouts, -1).sum(dim=1), group)
+
+
+def _in_spreads(grouped: Tensor, returns: Tensor, group: int) -> Tensor:
+    """Return what rollouts get (M, G, ...) in standard deviations of their group's returns (N,), as (N, ...)."""
+    whole = returns.reshape(-1, group, *(1,) * (grouped.ndim - 2))
     spread = whole.std(dim=1, keepdim=True, correction=0)
     # A spread of rounding errors is none.
     alike = spread <= 1e-6 * whole.abs().amax(dim=1, keepdim=True)
-    return torch.where(alike, 0.0, (grouped - grouped.mean(dim=1, keepdim=True)) / spread).flatten(0, 1)
+    return torch.where(alike, 0.0, grouped / spread).flatten(0, 1)
 
 
 def window_losses(

@@ -128,15 +128,8 @@ class Scorer(nn.Module):
             Higher means keep.
         """
         at: At = slice(None) if layer is None else layer
-        return self.score(self.standardise(features, at), at)
-
-    def standardise(self, features: Tensor, at: At) -> Tensor:
-        """Return features as the network takes them in, of order 1."""
         squashed = _asinh((features.float() - self.centre[at]) / self.scale[at])
-        return (squashed - self.mean[at]) / self.deviation[at]
-
-    def score(self, x: Tensor, at: At) -> Tensor:
-        """Return the scores of standardised features."""
+        x = (squashed - self.mean[at]) / self.deviation[at]
         if not self.norms:
             x = F.gelu(self.hidden[0](x, at))
         for hidden, norm in zip(self.hidden, self.norms):

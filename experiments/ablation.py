@@ -65,11 +65,11 @@ class Variant:
 GOLDEN_LEADS: dict[str, Any] = {"dagger": 0.0}
 VARIANTS = [
     *(Variant(features, {}) for features in ("pre-rope", "foresight", "kv")),
-    Variant("pre-rope", {"depth": 1}),
+    Variant("pre-rope", {"depth": 2}),
     Variant("pre-rope", {"inputs": "raw"}),
-    *(Variant("pre-rope", {"loss": loss}) for loss in LOSSES if loss != "cost"),
+    *(Variant("pre-rope", {"loss": loss}) for loss in LOSSES if loss != "team-cost"),
     *(Variant("pre-rope", {"power": power}) for power in (1.0, 2.0, 4.0)),
-    Variant("pre-rope", {"noise": 0.0}),
+    Variant("pre-rope", {"ema": 0.0}),
     *(Variant(features, GOLDEN_LEADS) for features in ("pre-rope", "foresight")),
 ]
 """Those with the same share of DAgger learn from the same caches: golden's, or those of the first of them."""
@@ -118,7 +118,7 @@ class Classroom(ImitationLearner):
     def policies(self) -> list[Policy]:
         """Return what the students became."""
         return [
-            ScorerPolicy(student.scorer, variant.features, variant.name)
+            ScorerPolicy(student.mean, variant.features, variant.name)
             for student, variant in zip(self.students, self.variants, strict=True)
         ]
 

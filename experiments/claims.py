@@ -56,7 +56,9 @@ class Size:
     seeds : tuple of int
         Of the trainings.
     budgets : tuple of int
-        Measured, and drawn from in training.
+        Measured.
+    trained_budgets : tuple of int
+        Drawn from in training; at larger ones little is lost, and little learnt.
     num_traces : int
         Test traces of each family.
     validation_traces : int
@@ -73,12 +75,13 @@ class Size:
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     budgets: tuple[int, ...] = (32, 48, 64, 96)
+    trained_budgets: tuple[int, ...] = (32, 48, 64)
     num_traces: int = 200
     validation_traces: int = 16
     expected_traces: int = 12
     long_traces: int = 50
     store_traces: int = 1000
-    updates: tuple[int, int, int, int] = (24, 60, 500, 40)
+    updates: tuple[int, int, int, int] = (96, 60, 500, 40)
 
 
 class Plan:
@@ -141,18 +144,18 @@ class Plan:
         imitation, grpo, kvp, ppo = size.updates
         kept: dict[str, Any] = {"eval_budgets": size.budgets, "out": self.run(learner, seed)}
         if learner == "imitation":
-            own = ImitationConfig(updates=imitation, budgets=size.budgets, seed=seed)
+            own = ImitationConfig(updates=imitation, budgets=size.trained_budgets, seed=seed)
             return Imitation(RolloutArgs(), own, RunArgs(eval_every=max(1, imitation // 5), save_every=10, **kept))
         if learner == "grpo":
             start = str(self.run("imitation", seed) / POLICY)
-            config = GRPOConfig(updates=grpo, budgets=size.budgets, init=start, seed=seed)
+            config = GRPOConfig(updates=grpo, budgets=size.trained_budgets, init=start, seed=seed)
             return GRPO(RolloutArgs(), config, RunArgs(eval_every=max(1, grpo // 10), save_every=10, **kept))
         if learner == "kvp":
             run = RunArgs(eval_every=max(1, kvp // 4), save_every=100, **kept)
             return KVP(DecodingArgs(), KVPConfig(updates=kvp, seed=seed), run, self.out / "stores" / "all")
-        learner_ppo = PPOConfig(updates=ppo, budgets=size.budgets, seed=seed)
+        learner_ppo = PPOConfig(updates=ppo, budgets=size.trained_budgets, seed=seed)
         run = RunArgs(eval_every=max(1, ppo // 10), save_every=10, **kept)
-        return PPO(PaidArgs(budget=max(size.budgets)), learner_ppo, run)
+        return PPO(PaidArgs(budget=max(size.trained_budgets)), learner_ppo, run)
 
     def _store(self, name: str, traces: str, length: int = 512) -> Job:
         count = self.size.store_traces if name in ("all", "short") else self.size.store_traces // 2

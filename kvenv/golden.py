@@ -73,8 +73,8 @@ class Prefix:
         return Prefix(pairs, self.valid[index, :columns])
 
 
-class RecordingCache(HandedCache):
-    """A full cache for one forward call that reduces attention to block scores window by window.
+class WindowedCache(HandedCache):
+    """A full cache for one forward call that attends window by window and shows the attention to who subclasses it.
 
     Parameters
     ----------
@@ -82,8 +82,6 @@ class RecordingCache(HandedCache):
         The decoder.
     interval : int
         W, the width of a window.
-    reduce : {"max", "sum"}
-        ForesightKV's block mean, or KVP's sum over queries of the maximum over the group.
     prefix : Prefix, optional
         P pairs per row that come before the S columns of the call.
     keep_pairs : bool
@@ -91,10 +89,67 @@ class RecordingCache(HandedCache):
 
     Attributes
     ----------
-    scores : list of Tensor (N, H, S / W, P + S)
-        Block score of every pair in each window, by layer.
     pairs : list of (Tensor, Tensor)
         Keys and values (N, H, P + S, D) by layer, if kept.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, interval: int, prefix: Prefix | None = None, keep_pairs: bool = False
+    ) -> None:
+        super().__init__(model)
+        self.interval, self.prefix, self.keep_pairs = interval, prefix, keep_pairs
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self, layer: int, like: Tensor, windows: int) -> None:
+        """Make room for a layer: ``like`` is its keys (N, H, P + S, D), ``windows`` S / W."""
+        raise NotImplementedError
+
+    def see(self, layer: int, window: int, probabilities: Tensor, valid: Tensor) -> None:
+        """Take in a window's attention (N, H, G, W, C) to the first C pairs; queries (N, W) may be padding."""
+        raise NotImplementedError
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, padding: Tensor | None
+    ) -> Tensor:
+        """Attend causally, one window after the other."""
+        if self._fed is None:
+            raise ValueError(f"{type(self).__name__} sees one announced pass: feed it through kvenv.decode.feed")
+        valid = seen = self._fed[1]
+        if self.prefix is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(self.prefix.pairs[layer], (key, value), strict=True))
+            seen = torch.cat([self.prefix.valid, valid], dim=1)
+        if self.keep_pairs:
+            self.pairs.append((key, value))
+        query = query.unflatten(1, (self.kv_heads, self.groups))
+        columns, total = query.shape[3], key.shape[2]
+        self.begin(layer, key, columns // self.interval)
+        column = torch.arange(total, device=key.device)
+        outputs = []
+        for start in range(0, columns, self.interval):
+            window = slice(start, start + self.interval)
+            stop = total - columns + window.stop
+            allowed = seen[:, None, None, :stop] & (column[:stop] <= column[stop - self.interval : stop, None])
+            probabilities = attention_probabilities(query[:, :, :, window], key[:, :, :stop], allowed, scaling)
+            self.see(layer, start // self.interval, probabilities, valid[:, window])
+            mixed = probabilities.flatten(2, 3).to(value.dtype) @ value[:, :, :stop]
+            outputs.append(mixed.view(*query.shape[:3], self.interval, -1))
+        return torch.cat(outputs, dim=3).flatten(1, 2)
+
+
+class RecordingCache(WindowedCache):
+    """A full cache for one forward call that reduces attention to block scores window by window.
+
+    Parameters
+    ----------
+    model, interval, prefix, keep_pairs
+        As in :class:`WindowedCache`.
+    reduce : {"max", "sum"}
+        ForesightKV's block mean, or KVP's sum over queries of the maximum over the group.
+
+    Attributes
+    ----------
+    scores : list of Tensor (N, H, S / W, P + S)
+        Block score of every pair in each window, by layer.
     """
 
     def __init__(
@@ -108,51 +163,23 @@ class RecordingCache(HandedCache):
     ) -> None:
         if reduce not in ("max", "sum"):
             raise ValueError(f"reduce {reduce!r} is unknown: known are max, sum")
-        super().__init__(model)
-        self.interval, self.reduce, self.prefix, self.keep_pairs = interval, reduce, prefix, keep_pairs
+        super().__init__(model, interval=interval, prefix=prefix, keep_pairs=keep_pairs)
+        self.reduce = reduce
         self.scores: list[Tensor] = []
-        self.pairs: list[tuple[Tensor, Tensor]] = []
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, padding: Tensor | None
-    ) -> Tensor:
-        """Attend causally; keep the block scores of each window."""
-        if self._fed is None:
-            raise ValueError("RecordingCache records one announced pass: feed it through kvenv.decode.feed")
-        valid = seen = self._fed[1]
-        if self.prefix is not None:
-            key, value = (torch.cat(pair, dim=2) for pair in zip(self.prefix.pairs[layer], (key, value), strict=True))
-            seen = torch.cat([self.prefix.valid, valid], dim=1)
-        if self.keep_pairs:
-            self.pairs.append((key, value))
-        query = query.unflatten(1, (self.kv_heads, self.groups))
-        columns, total = query.shape[3], key.shape[2]
-        scores = torch.zeros(
-            *key.shape[:2],
-            columns // self.interval,
-            total,
-            dtype=torch.promote_types(key.dtype, torch.float32),
-            device=key.device,
-        )
-        column = torch.arange(total, device=key.device)
-        outputs = []
-        for start in range(0, columns, self.interval):
-            window = slice(start, start + self.interval)
-            stop = total - columns + window.stop
-            allowed = seen[:, None, None, :stop] & (column[:stop] <= column[stop - self.interval : stop, None])
-            probabilities = attention_probabilities(query[:, :, :, window], key[:, :, :stop], allowed, scaling)
-            scores[:, :, start // self.interval, :stop] = self._block_score(probabilities, valid[:, window])
-            mixed = probabilities.flatten(2, 3).to(value.dtype) @ value[:, :, :stop]
-            outputs.append(mixed.view(*query.shape[:3], self.interval, -1))
-        self.scores.append(scores)
-        return torch.cat(outputs, dim=3).flatten(1, 2)
+    def begin(self, layer: int, like: Tensor, windows: int) -> None:
+        """Append the layer's block scores."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.scores.append(torch.zeros(*like.shape[:2], windows, like.shape[2], dtype=dtype, device=like.device))
 
-    def _block_score(self, probabilities: Tensor, valid: Tensor) -> Tensor:
-        """Reduce a window's attention (N, H, G, W, C) over its valid queries and the group to (N, H, C)."""
+    def see(self, layer: int, window: int, probabilities: Tensor, valid: Tensor) -> None:
+        """Keep the block scores of a window: over its valid queries and the group."""
         weights = valid.to(probabilities.dtype)[:, None, :, None]
         if self.reduce == "sum":
-            return (probabilities.amax(dim=2) * weights).sum(dim=2)
-        return (probabilities.mean(dim=2) * weights).sum(dim=2) / weights.sum(dim=2).clamp(min=1)
+            score = (probabilities.amax(dim=2) * weights).sum(dim=2)
+        else:
+            score = (probabilities.mean(dim=2) * weights).sum(dim=2) / weights.sum(dim=2).clamp(min=1)
+        self.scores[layer][:, :, window, : score.shape[-1]] = score
 
     def future(self, pad: Tensor) -> FutureAttention:
         """Return the utilities after the pass; the block scores are turned into them in place, layer by layer."""

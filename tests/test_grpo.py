@@ -13,11 +13,12 @@ from torch.distributions import Categorical, kl_divergence
 
 import agents
 import kvenv
+from agents.attention_credit import attention_credit
 from agents.checkpoint import load_checkpoint, save_checkpoint
-from agents.grpo import Experience, GRPOConfig, GRPOLearner
+from agents.grpo import Advantages, Experience, GRPOConfig, GRPOLearner
 from agents.learner import State
 from agents.ranking_policy import Evictions, ReplayPolicy, SamplingPolicy
-from agents.returns import CREDITS, group_advantages
+from agents.returns import CREDITS, group_advantages, target_advantages
 from agents.scorer import Scorer, ScorerPolicy
 from kvenv.expert import policy_action
 from kvenv.layerwise import rollout
@@ -25,7 +26,8 @@ from kvenv.registry import REWARDS
 from kvenv.traces import Trace, TraceSource
 from kvenv.traces.user import ListSource
 from tests.environments import BUDGET, INTERVAL, LENGTH, MODEL, PROTECTION, RAGGED, trace, vector
-from tests.models import random_tokens
+from tests.models import random_model, random_tokens
+from tests.reference import masked_run
 
 GROUP = 3
 
@@ -53,7 +55,7 @@ def gradients(of: GRPOLearner) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in of.scorer.parameters() if parameter.grad is not None]
 
 
-@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("credit", ["trajectory", "window"])
 def test_advantages_are_the_formula(credit: str) -> None:
     reward = np.random.default_rng(0).normal(size=(6, 4))
     expected = np.zeros_like(reward)
@@ -71,8 +73,57 @@ def test_rollouts_that_are_paid_alike_teach_nothing() -> None:
     assert not group_advantages(reward, 2).any()
 
 
+@pytest.mark.parametrize("reward", ["lm_loss", "lm_loss_increase", "answer_loss", "foresight"])
+def test_a_target_is_paid_its_share_of_what_the_rollout_is_paid_beyond_the_others(reward: str) -> None:
+    experience = learner(reward=reward, temperature=0.2).collect()
+    windows, rows = experience.windows, len(experience.traces)
+    found = target_advantages(REWARDS.get(reward), windows, rows, GROUP)
+    returns = experience.reward.sum(dim=1).view(-1, GROUP)
+    spread = returns.std(dim=1, correction=0).repeat_interleave(GROUP)[:, None]
+    slope = {
+        "answer_loss": -windows.answer.double() / INTERVAL,
+        "foresight": -2 * windows.increase * (windows.spikes > 0) / windows.full.low_entropy_count[:, None],
+    }.get(reward, -torch.ones_like(windows.nll) / INTERVAL)
+    loss = windows.nll.reshape(-1, GROUP, found.shape[1])
+    beyond = (loss - loss.mean(dim=1, keepdim=True)).flatten(0, 1)
+    expected = torch.where(spread > 1e-6, slope.reshape(rows, -1) * beyond * INTERVAL / spread, 0.0)
+    torch.testing.assert_close(found, expected)
+    if reward == "lm_loss":
+        paid = (returns - returns.mean(dim=1, keepdim=True)).flatten() / spread[:, 0]
+        torch.testing.assert_close(found.sum(dim=1) / INTERVAL, paid)
+
+
+def test_rewards_that_no_target_can_be_paid_by_are_refused() -> None:
+    windows = learner().collect().windows
+    with pytest.raises(ValueError, match=r"differentiable function of losses\.nll"):
+        target_advantages(lambda losses: losses.correct.sum(dim=1).float(), windows, 2 * GROUP, GROUP)
+
+
+def test_a_pick_is_credited_with_what_its_absence_cost_those_who_would_have_looked() -> None:
+    one = learner()
+    experience = one.collect()
+    rows, first = len(experience.traces), BUDGET + INTERVAL
+    paid = torch.randn(rows, experience.reward.shape[1] * INTERVAL, generator=torch.Generator().manual_seed(0))
+    found = attention_credit(one.episodes.model, experience.traces[::GROUP], experience.evictions, paid, first)
+    for row in (0, rows - 1):
+        tokens = torch.as_tensor(experience.traces[row].tokens)[None, :-1]
+        for layer, attention in enumerate(masked_run(random_model(), experience.traces[row].tokens).attention):
+            heads = one.scorer.shape[1]
+            of_group = torch.as_tensor(attention).unflatten(0, (heads, -1)).mean(dim=1).float()
+            expected = torch.zeros(heads, LENGTH)
+            for window, went in enumerate(experience.evictions.positions[layer]):
+                after = slice(first + window * INTERVAL, tokens.shape[1])
+                weights = paid[row, window * INTERVAL :][: tokens.shape[1] - after.start]
+                for head, positions in enumerate(went[row]):
+                    for position in positions[positions >= 0].tolist():
+                        expected[head, position] = (weights * of_group[head, after, position]).sum()
+            known = found[layer].shape[-1]
+            torch.testing.assert_close(found[layer][row], expected[:, :known], rtol=1e-4, atol=1e-6)
+            assert not expected[:, known:].any()
+
+
 def test_a_replay_evicts_the_same_and_every_ratio_is_one() -> None:
-    one = learner(seed=3)
+    one = learner(seed=3, credit="trajectory")
     experience = one.collect()
     again = Evictions(one.episodes.layers, INTERVAL)
 
@@ -86,7 +137,7 @@ def test_a_replay_evicts_the_same_and_every_ratio_is_one() -> None:
     rollout(replay, experience.traces, on_eviction=keep, **options)  # type: ignore[arg-type]
     for layer, expected in zip(again.positions, experience.evictions.positions, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(layer, expected, strict=True))
-    metrics = one.accumulate(experience, group_advantages(experience.reward, GROUP), kl_weight=1.0)
+    metrics = one.accumulate(experience, one.advantages(experience), kl_weight=1.0)
     assert metrics["loss/clip_fraction"] == 0
     assert metrics["loss/kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["loss/policy"] == pytest.approx(0, abs=1e-6), "advantages of a group sum to 0 where ratios are 1"
@@ -117,7 +168,7 @@ def test_a_rollout_does_not_depend_on_the_rows_beside_it() -> None:
         assert all(torch.equal(x[0], y[4]) for x, y in zip(layer, expected))
 
 
-def plain_loss(of: GRPOLearner, experience: Experience, advantages: torch.Tensor, kl_weight: float) -> torch.Tensor:
+def plain_loss(of: GRPOLearner, experience: Experience, advantages: Advantages, kl_weight: float) -> torch.Tensor:
     """Return the loss with every feature in memory, pick by pick, by torch's own categorical distributions."""
     seen: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
 
@@ -136,13 +187,13 @@ def plain_loss(of: GRPOLearner, experience: Experience, advantages: torch.Tensor
             for head in range(mask.shape[1]):
                 picks = []
                 left = mask[row, head].clone()
-                for pick in order[row, head, : int(count[row, head])]:
+                credit = advantages(layer, windows[layer]).expand(len(rows), mask.shape[1], INTERVAL)[row, head]
+                for pick, advantage in zip(order[row, head, : int(count[row, head])], credit.tolist()):
                     now, was = (
                         Categorical(logits=x[row, head].masked_fill(~left, -torch.inf)[left]) for x in (logits, fixed)
                     )
                     chosen = torch.tensor(int(left[:pick].sum()))
                     ratio = (now.log_prob(chosen) - was.log_prob(chosen).detach()).exp()
-                    advantage = float(advantages[row, windows[layer]])
                     gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
                     picks.append(-gain + kl_weight * kl_divergence(now, was))
                     left = left & (torch.arange(len(left)) != pick)
@@ -156,7 +207,7 @@ def plain_loss(of: GRPOLearner, experience: Experience, advantages: torch.Tensor
 def test_the_gradient_is_that_of_the_plain_loss(credit: str) -> None:
     one = learner(credit=credit, num_traces=1, temperature=0.5)
     experience = one.collect()
-    advantages = group_advantages(experience.reward, GROUP, credit)
+    advantages = one.advantages(experience)
     metrics = perturbed(one).accumulate(experience, advantages, kl_weight=0.7)
     found = gradients(one)
     assert metrics["loss/clip_fraction"] > 0.05, "without clipped picks the test tests less than it says"
@@ -189,7 +240,7 @@ def test_memory_does_not_grow_with_the_number_of_windows() -> None:
                 self.held[0] -= self.tensor.nbytes
 
         with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-            one.accumulate(experience, group_advantages(experience.reward, GROUP), 0.1)
+            one.accumulate(experience, one.advantages(experience), 0.1)
         assert held[0] == 0, "something of the replay is kept"
         peaks.append(held[1])
     assert peaks[0] == peaks[1] > 0
@@ -280,7 +331,7 @@ def test_rewards_of_answers_count_answers_only() -> None:
     [
         ({"group": 1}, "group 1 is impossible: it must be at least 2"),
         ({"temperature": 0.0}, r"temperature 0\.0 is impossible"),
-        ({"credit": "layer"}, "unknown credit 'layer': known are trajectory, window"),
+        ({"credit": "layer"}, "unknown credit 'layer': known are trajectory, window, attention"),
         ({"reward": "fame"}, "unknown reward 'fame'"),
         ({"budgets": ()}, "budgets"),
         ({"budgets": (LENGTH,)}, f"budget {LENGTH}"),

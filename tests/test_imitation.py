@@ -17,7 +17,7 @@ import agents
 import kvenv
 from agents.episodes import Episodes
 from agents.imitation import ImitationConfig, ImitationLearner, Lesson
-from agents.ranking_losses import LOSSES, expected_cost, likelihood, listwise, pairwise_hinge, regression
+from agents.ranking_losses import LOSSES, expected_cost, likelihood, listwise, pairwise_hinge, regression, team_cost
 from agents.scorer import Scorer, ScorerPolicy
 from kvenv.layerwise import rollout
 from kvenv.state import LayerState
@@ -72,6 +72,57 @@ def test_the_expected_cost_is_the_mean_over_all_rankings() -> None:
     assert float(loss) == pytest.approx(np.mean(costs))
 
 
+def test_heads_that_hold_other_positions_cost_what_each_costs_alone() -> None:
+    scores, utility, mask = (torch.as_tensor(x)[None] for x in decisions())
+    apart = torch.arange(28).view(1, 4, 7)
+    torch.testing.assert_close(team_cost(scores, utility, mask, apart), expected_cost(scores, utility, mask))
+
+
+def test_a_head_stands_in_for_another_as_far_as_it_attends_and_keeps() -> None:
+    scores, utility, mask = (torch.as_tensor(x)[None] for x in decisions())
+    rng = np.random.default_rng(1)
+    positions = np.stack([rng.permutation(9)[:7] for _ in range(4)])
+    positions[0, 6] = positions[1, 6] = -1
+    mask[0, :2, 6] = False
+    s, u, m = (x[0].numpy() for x in (scores, utility, mask))
+    before = 1 / (1 + np.exp(s[:, :, None] - s[:, None, :])) * m[:, None, :]
+    rank = 0.5 + before.sum(axis=-1)
+    costs = []
+    for head in range(3):
+        cost = 0.0
+        for i in np.flatnonzero(m[head]):
+            missing = 1.0
+            for other in {0, 1, 2, 3} - {head}:
+                (j,) = (
+                    np.flatnonzero(positions[other] == positions[head, i])
+                    if positions[head, i] in positions[other]
+                    else (None,)
+                )
+                if j is not None:
+                    gone = rank[other, j] / m[other].sum() if m[other, j] else 0.0
+                    missing *= 1 - min(1.0, u[other, j] / u[head, i]) * (1 - gone)
+            cost += u[head, i] * rank[head, i] * missing
+        best = np.sort(u[head][m[head]])[::-1]
+        costs.append(cost / (np.arange(1, len(best) + 1) * best).sum())
+    loss = team_cost(scores, utility, mask, torch.as_tensor(positions)[None])
+    assert float(loss) == pytest.approx(np.mean(costs))
+    assert float(loss) < 0.95 * float(expected_cost(scores, utility, mask))
+
+
+def test_a_team_splits_what_both_heads_see() -> None:
+    """Two heads, of which each can keep half: alone they would keep the same half."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 2, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    utility, mask = torch.ones(1, 2, 8, dtype=torch.float64), torch.ones(1, 2, 8, dtype=torch.bool)
+    optimizer = torch.optim.Adam([scores], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        team_cost(scores, utility, mask, torch.arange(8).expand(1, 2, 8)).backward()
+        optimizer.step()
+    kept = scores.detach()[0].topk(4, dim=-1).indices
+    assert sorted(kept.flatten().tolist()) == list(range(8))
+
+
 def test_regression_is_the_squared_error_of_centred_logarithms() -> None:
     scores, utility, mask = decisions()
     errors: list[float] = []
@@ -108,15 +159,15 @@ def test_likelihood_is_that_of_goldens_order_pick_by_pick() -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_minimises_a_loss_is_in_goldens_order(loss: str) -> None:
-    start, utility, mask = (torch.as_tensor(x) for x in decisions())
+    start, utility, mask = (torch.as_tensor(x)[None] for x in decisions())
     scores = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([scores], lr=0.05)
     for _ in range(300):
         optimizer.zero_grad()
-        LOSSES[loss](scores, utility, mask, torch.arange(7).expand(4, 7), 0.1).backward()
+        LOSSES[loss](scores, utility, mask, torch.arange(28).view(1, 4, 7), 0.1).backward()
         optimizer.step()
     for row in range(3):
-        assert torch.equal(scores[row][mask[row]].argsort(), utility[row][mask[row]].argsort())
+        assert torch.equal(scores[0, row][mask[0, row]].argsort(), utility[0, row][mask[0, row]].argsort())
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -160,19 +211,19 @@ def test_a_gradient_step_is_that_of_the_decision_and_of_its_layer_alone() -> Non
             states.append(replace(state, stats=state.stats.clone(), positions=state.positions.clone()))  # type: ignore[union-attr]
 
     traces = [trace(0), trace(1)]
-    lesson = Lesson([other], torch.zeros(2, dtype=torch.bool), 1.0, seed=0)
+    lesson = Lesson([other], torch.zeros(2, dtype=torch.bool), 1.0)
     learner.episodes.play(lesson, traces, BUDGET, future=learner.episodes.future(traces, BUDGET), on_eviction=keep)
     (state,), before = states, copy.deepcopy(student.scorer)
-    student.learn(student.score(state, torch.Generator().manual_seed(3)), state, 1e-2)
+    student.learn(student.score(state), state, 1e-2)
     plain = copy.deepcopy(before)
-    inputs = plain.standardise(student.features.compute(state), 0)
-    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(3))
-    scores = plain.score(inputs + student.config.noise * noise, 0)
-    expected_cost(scores, state.future**student.config.power, state.mask).backward()  # type: ignore[operator]
+    scores = plain(student.features.compute(state), 0)
+    team_cost(scores, state.future**student.config.power, state.mask, state.positions).backward()  # type: ignore[operator]
     for name, weight in student.scorer.named_parameters():
         gradient, old = plain.get_parameter(name).grad, before.get_parameter(name)
         assert gradient is not None
         assert torch.equal(weight[1:], old[1:]), "another layer moved"
+        # After one step the mean has forgotten ten elevenths of the initial weights.
+        torch.testing.assert_close(student.mean.get_parameter(name), old + (weight - old) * 10 / 11)
         # Adam's first step is the step size along the gradient's sign.
         moved = gradient[0].abs() > 1e-5
         torch.testing.assert_close((weight - old)[0][moved], -1e-2 * gradient[0][moved].sign(), rtol=1e-2, atol=1e-5)
@@ -197,6 +248,7 @@ def test_budgets_are_drawn_per_update(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"budgets": ()}, r"budgets \(\) is impossible"),
         ({"dagger": 1.5}, "dagger 1.5 is no share"),
+        ({"ema": -0.1}, "ema -0.1 is no share"),
         ({"loss": "rank"}, "unknown loss 'rank'"),
         ({"num_traces": 0}, "num_traces 0 is impossible"),
         ({"budgets": (200,)}, "budget 200"),
@@ -230,7 +282,7 @@ def test_the_state_of_another_learner_is_refused() -> None:
     state.values["learner"] = "grpo"
     with pytest.raises(ValueError, match="of learner 'grpo', not 'imitation'"):
         learner.restore(state)
-    with pytest.raises(ValueError, match="doesn't fit this scorer"):
+    with pytest.raises(ValueError, match="scorer doesn't fit this learner's"):
         imitator(hidden=7).restore(learner.state())
 
 

@@ -153,7 +153,20 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(reproduce, "run_jobs", in_this_process)
     shipped = tmp_path / "package"
     monkeypatch.setattr(agents, "__file__", str(shipped / "__init__.py"))
-    size = ["--seeds", "0", "--budgets", "32", "64", "--num-traces", "2", "--validation-traces", "2"]
+    size = [
+        "--seeds",
+        "0",
+        "--budgets",
+        "32",
+        "64",
+        "--trained-budgets",
+        "32",
+        "64",
+        "--num-traces",
+        "2",
+        "--validation-traces",
+        "2",
+    ]
     size += ["--expected-traces", "1", "--long-traces", "1", "--store-traces", "8", "--updates", "1", "1", "1", "1"]
     for _ in range(2):
         reproduce.main(["claims", "--out", str(tmp_path / "out"), "--ship", *size])
