@@ -3,8 +3,9 @@
     golden:           priority_i = utility of pair i in the rest of this trace
     golden-expected:  priority_i = the same, averaged over continuations of the same prefix resampled from the family
 
-The first is clairvoyant; the second is the ceiling for any causal policy. Utilities come with the state, see
-:mod:`kvenv.golden` for both reductions.
+The first is clairvoyant; the second knows what a causal policy can know, each head for itself: heads that share the
+work can do better (:func:`agents.ranking_losses.team_cost`). Utilities come with the state, see :mod:`kvenv.golden` for
+both reductions.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ def expected_future(
     anchors: Sequence[int],
     reduce: Reduce = "max",
 ) -> FutureAttention:
-    """Average the golden utility over resampled continuations: the ceiling for any causal policy.
+    """Average the golden utility over resampled continuations: what a causal policy can know.
 
     Parameters
     ----------
