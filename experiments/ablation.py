@@ -1,15 +1,16 @@
-"""Compare the choices that imitation leaves open: losses, features, inputs, and who leads the episodes.
+"""Compare the choices that a learner leaves open.
 
-``python -m experiments.ablation imitation`` trains one policy per variant on the training traces, measures all of them
-on the same validation traces, and writes a table and its numbers. It is the work of half an hour on one core; what was
-measured stays, and a second call goes on.
+``python -m experiments.ablation imitation``: losses, features, inputs, and who leads the episodes; ``grpo``: rewards,
+and what picks are credited with. One policy per variant is trained on the training traces, all are measured on the same
+validation traces, in a table and its numbers. Each is the work of half an hour on one core; what was measured stays,
+and a second call goes on.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -18,128 +19,60 @@ import numpy as np
 import tyro
 
 import agents
-from agents.imitation import ImitationConfig, ImitationLearner, Student
-from agents.ranking_losses import LOSSES
-from agents.scorer import ScorerPolicy
 from experiments.cli import run
 from experiments.progress import track
 from experiments.runs import commit
+from experiments.variants import FAMILIES, TRAINED, VARIANTS, Terms
 from kvenv.evaluation import evaluate
-from kvenv.features import FeatureSet, feature_set
 from kvenv.files import write_atomic
 from kvenv.layerwise import Policy
 from kvenv.models import load_model
 from kvenv.traces import load_traces
 
-FAMILIES = ("recall", "tracking", "dialogue", "reasoning")
 RIVALS = ("golden", "keydiff", "lagkv", "expected-attention", "random")
 """Measured beside the variants; the three heuristics are the best on validation traces."""
 
-
-@dataclass(frozen=True)
-class Variant:
-    """A setting of what is compared.
-
-    Attributes
-    ----------
-    features : str
-        What the scorer sees.
-    changes : dict
-        Hyper-parameters that differ from the defaults.
-    """
-
-    features: str
-    changes: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """What the table calls it."""
-        return ", ".join([self.features, *(f"{name} {value}" for name, value in self.changes.items())])
-
-    def config(self, args: Args, seed: int) -> ImitationConfig:
-        """Return its hyper-parameters."""
-        defaults = ImitationConfig(updates=args.updates, num_traces=args.batch, budgets=(args.budget,), seed=seed)
-        return replace(defaults, **self.changes)
-
-
-GOLDEN_LEADS: dict[str, Any] = {"dagger": 0.0}
-VARIANTS = [
-    *(Variant(features, {}) for features in ("pre-rope", "foresight", "kv")),
-    Variant("pre-rope", {"depth": 2}),
-    Variant("pre-rope", {"inputs": "raw"}),
-    *(Variant("pre-rope", {"loss": loss}) for loss in LOSSES if loss != "team-cost"),
-    *(Variant("pre-rope", {"power": power}) for power in (1.0, 2.0, 4.0)),
-    Variant("pre-rope", {"ema": 0.0}),
-    *(Variant(features, GOLDEN_LEADS) for features in ("pre-rope", "foresight")),
-]
-"""Those with the same share of DAgger learn from the same caches: golden's, or those of the first of them."""
+METRICS = {
+    "answer_accuracy": "accuracy",
+    "lm_loss": "LM loss",
+    "low_entropy_increase": "low-entropy increase",
+    "agreement_with_golden": "as golden",
+}
+"""Metrics beside the answer loss, and what the table calls them."""
 
 
 @dataclass
 class Args:
     """Compare the choices that a learner leaves open."""
 
-    learner: tyro.conf.Positional[Literal["imitation"]]
+    learner: tyro.conf.Positional[Literal["imitation", "grpo"]]
     """Whose choices."""
-    updates: int = 12
-    """Updates of each variant."""
+    updates: int = 0
+    """Updates of each variant; 0: 48 of imitation, 30 of grpo."""
     budget: int = 48
     """Pairs that every (layer, KV head) keeps, in training and measuring."""
-    batch: int = 16
-    """Training traces of an update."""
+    batch: int = 0
+    """Training traces of an update; 0: 16 of imitation, 4 of grpo, each rolled out 8 times."""
     num_traces: int = 16
     """Validation traces of each family."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the training."""
+    init: str = "imitation-tiny"
+    """Policy that grpo starts from; it is measured, too."""
     out: Path = Path("experiments/results")
-    """Directory for imitation.json and imitation.md."""
+    """Directory for LEARNER.json and LEARNER.md."""
 
+    def __post_init__(self) -> None:
+        self.updates = self.updates or {"imitation": 48, "grpo": 30}[self.learner]
+        self.batch = self.batch or {"imitation": 16, "grpo": 4}[self.learner]
 
-class Classroom(ImitationLearner):
-    """Imitation from whose episodes several students learn, led by golden or by the first student.
-
-    Parameters
-    ----------
-    variants : sequence of Variant
-        The students, with the same leader.
-    args : Args
-        Budget and updates.
-    seed : int
-        Of weights and episodes.
-    """
-
-    def __init__(self, variants: Sequence[Variant], args: Args, seed: int) -> None:
-        self.variants = variants
-        self.configs = [variant.config(args, seed) for variant in variants]
-        loaded = load_model("tiny")
-        source = load_traces("+".join(FAMILIES), split="train", tokenizer=loaded.tokenizer)
-        super().__init__(loaded.model, source, self.configs[0])
-
-    def policies(self) -> list[Policy]:
-        """Return what the students became."""
-        return [
-            ScorerPolicy(student.mean, variant.features, variant.name)
-            for student, variant in zip(self.students, self.variants, strict=True)
-        ]
-
-    def _enrol(self, features: FeatureSet) -> list[Student]:
-        return [
-            Student(self.episodes.scorer(seen, config.hidden, config.depth, config.seed), seen, config)
-            for config, seen in zip(self.configs, (feature_set(x.features) for x in self.variants), strict=True)
-        ]
-
-
-def train(variants: Sequence[Variant], args: Args, seed: int) -> list[Policy]:
-    """Return the policies of variants, which learn from the same episodes."""
-    classroom = Classroom(variants, args, seed)
-    names = variants[0].name if len(variants) == 1 else f"{len(variants)} variants at once"
-    for _ in track(range(args.updates), names):
-        classroom.update()
-    return classroom.policies()
+    def rivals(self) -> tuple[str, ...]:
+        """Return what is measured beside the variants."""
+        return (*RIVALS, self.init) if self.learner == "grpo" else RIVALS
 
 
 def measure(policies: dict[str, Policy], args: Args) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the policies' mean answer loss, accuracy and agreement with golden on each family's validation traces."""
+    """Return the policies' means on each family's validation traces."""
     loaded = load_model("tiny")
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in policies}
     for family in track(FAMILIES, f"measuring {len(policies)}"):
@@ -149,7 +82,7 @@ def measure(policies: dict[str, Policy], args: Args) -> dict[str, dict[str, dict
         for name in policies:
             found[name][family] = {
                 metric: float(np.mean([x[metric] for x in rows if x["policy"] == name and x[metric] is not None]))
-                for metric in ("answer_loss", "answer_accuracy", "agreement_with_golden")
+                for metric in ("answer_loss", *METRICS)
             }
     return found
 
@@ -167,18 +100,18 @@ def compare(args: Args) -> dict[str, Any]:
             there["rows"] |= measure(policies, args)
             there.update(commit=commit(), date=datetime.now(timezone.utc).date().isoformat())
             write_atomic(path, json.dumps(there, indent=1) + "\n")
-            write_atomic(path.with_suffix(".md"), table(there))
+            write_atomic(path.with_suffix(".md"), table(there, args.learner))
 
-    add({name: agents.make(name) for name in RIVALS if name not in there["rows"]})
+    add({name: agents.make(name) for name in args.rivals() if name not in there["rows"]})
     for seed in args.seeds:
-        todo = {f"{x.name} (seed {seed})": x for x in VARIANTS if f"{x.name} (seed {seed})" not in there["rows"]}
-        for share in dict.fromkeys(variant.config(args, seed).dagger for variant in todo.values()):
-            group = {name: variant for name, variant in todo.items() if variant.config(args, seed).dagger == share}
-            add(dict(zip(group, train(list(group.values()), args, seed), strict=True)))
+        named = {f"{variant.name} (seed {seed})": variant for variant in VARIANTS[args.learner]}
+        todo = {name: variant for name, variant in named.items() if name not in there["rows"]}
+        for policies in TRAINED[args.learner](todo, Terms(args.updates, args.budget, args.batch, seed, args.init)):
+            add(policies)
     return there
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: dict[str, Any], learner: str) -> str:
     """Return the numbers as Markdown: answer loss by family, means over families, best first."""
 
     def mean(row: dict[str, Any], metric: str) -> float:
@@ -188,21 +121,22 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"Answer loss in nats on {terms['num_traces']} validation traces of each family at budget {terms['budget']} of "
         f"512 tokens, after {terms['updates']} updates of {terms['batch']} traces each. {found['date']}, commit "
-        f"{found['commit']}; made by `python -m experiments.ablation imitation`.",
+        f"{found['commit']}; made by `python -m experiments.ablation {learner}`.",
         "",
-        f"| features, changes to the defaults | {' | '.join(FAMILIES)} | mean | accuracy | as golden |",
-        f"| --- |{' --- |' * (len(FAMILIES) + 3)}",
+        f"| changes to the defaults | {' | '.join(FAMILIES)} | mean | {' | '.join(METRICS.values())} |",
+        f"| --- |{' --- |' * (len(FAMILIES) + 1 + len(METRICS))}",
     ]
     for name, row in sorted(found["rows"].items(), key=lambda item: mean(item[1], "answer_loss")):
         losses = [f"{row[family]['answer_loss']:.3f}" for family in FAMILIES]
-        means = [f"{mean(row, metric):.3f}" for metric in ("answer_loss", "answer_accuracy", "agreement_with_golden")]
+        means = [f"{mean(row, metric):.3f}" for metric in ("answer_loss", *METRICS)]
         lines.append(f"| {' | '.join([name, *losses, *means])} |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the comparison."""
-    print(table(compare(tyro.cli(Args, args=argv, prog="kvenv ablation"))))
+    args = tyro.cli(Args, args=argv, prog="kvenv ablation")
+    print(table(compare(args), args.learner))
 
 
 if __name__ == "__main__":
