@@ -1,0 +1,112 @@
+"""A step of the vector environment against the bare model's forward of the same tokens, and what its parts take."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from experiments.bench.machine import measure
+from experiments.bench.measure import Row, Side, Times, alternate, compare
+from experiments.bench.models import RANDOM, large, register_random_traces, work
+from kvenv.features import feature_set
+from kvenv.models import LoadedModel, load_model
+from kvenv.ranking import eviction_order
+from kvenv.registry import REWARDS
+from kvenv.vector_env import KVEvictVectorEnv
+
+ROWS, BUDGET, INTERVAL = 16, 64, 16
+TARGETS = {"tiny": {"kv": 1.15, "foresight": 1.4}, "100m": {"kv": 1.05, "foresight": 1.15}}
+
+
+def rows(device: str) -> Iterator[Row]:
+    """Measure."""
+    machine = measure(device)
+    for case, loaded, repeats in (("tiny", load_model("tiny", device=device), 40), ("100m", large(device), 8)):
+        times = run(loaded, repeats, device)
+        tokens, floor = ROWS * INTERVAL, machine.floor(*work(loaded.model, ROWS, INTERVAL, BUDGET))
+        for features, bound in TARGETS[case].items():
+            yield compare("step", case, times, f"step, {features}", "bare forward", target=f"<= {bound}", floor=floor)
+        yield compare("step", case, times, "step, kv", "bare forward", amount=tokens, floor=floor)
+        yield compare("step", case, times, "bare eager", "bare forward", floor=floor)
+        for part in ("features, kv", "features, foresight", "ranking", "eviction", "reward"):
+            yield compare("step", case, times, part, "step, foresight")
+
+
+def run(loaded: LoadedModel, repeats: int, device: str) -> Times:
+    """Return the seconds of steps with both feature sets, of the bare forward, and of a step's parts."""
+    envs = {features: environment(loaded, features, repeats) for features in ("kv", "foresight")}
+    prompt = torch.randint(0, loaded.model.config.vocab_size, (ROWS, BUDGET + INTERVAL), device=device)
+    sides = {f"step, {features}": stepping(env) for features, env in envs.items()}
+    sides["bare forward"] = bare_forward(loaded.model, prompt, BUDGET, "sdpa")
+    sides["bare eager"] = bare_forward(loaded.model, prompt, BUDGET, "eager")
+    times = alternate(sides | parts(envs["foresight"]), repeats, device=device)
+    for env in envs.values():
+        env.close()
+    return times
+
+
+def environment(loaded: LoadedModel, features: str, steps: int) -> KVEvictVectorEnv:
+    """Return an environment that was reset and has so many steps to go, and some to warm up."""
+    register_random_traces()
+    env = KVEvictVectorEnv(
+        num_envs=ROWS, model=loaded.name, traces=RANDOM, budget=BUDGET, interval=INTERVAL, features=features,
+        output="torch", autoreset_mode="SameStep", trace_length=BUDGET + INTERVAL * (steps + 6),
+        device=str(loaded.model.device),
+    )  # fmt: skip
+    env.reset(seed=0)
+    return env
+
+
+def stepping(env: KVEvictVectorEnv) -> Side:
+    """Return a step under one random action."""
+    env.action_space.seed(0)
+    action = torch.as_tensor(env.action_space.sample(), device=env.dynamics.model.device)
+    return lambda: env.step(action)
+
+
+def parts(env: KVEvictVectorEnv) -> dict[str, Side]:
+    """Return what a step does beside decoding, each part alone, on the environment's state."""
+    cache, held = env.dynamics.cache, env.dynamics.cache.positions
+    priorities = torch.rand(held.shape, device=held.device)
+    window, _ = env.dynamics.advance(priorities)
+    active = torch.ones(ROWS, dtype=torch.bool, device=held.device)
+    before = held.clone()
+
+    def evict() -> Tensor:
+        held.copy_(before)
+        return cache.evict(priorities, active, INTERVAL)
+
+    return {
+        "features, kv": lambda: feature_set("kv").observe(cache),
+        "features, foresight": lambda: feature_set("foresight").observe(cache),
+        "ranking": lambda: eviction_order(priorities, held, cache.candidates()),
+        "eviction": evict,
+        "reward": lambda: REWARDS.get("lm_loss")(window),
+    }
+
+
+def bare_forward(model: PreTrainedModel, tokens: Tensor, filled: int, attention: str) -> Side:
+    """Return a forward of the last columns over a full cache of the first ``filled``, with logits and NLL."""
+    bare = bare_copy(model, attention)
+    window, cache = tokens[:, filled:], DynamicCache(config=bare.config)
+    with torch.no_grad():
+        bare(tokens[:, :filled], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        logits = bare(window, past_key_values=cache, use_cache=True).logits
+        cache.crop(-window.shape[1])
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), window.flatten(), reduction="none")
+
+    return forward
+
+
+def bare_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """Return the model with its own weights on one of transformers' attentions."""
+    bare = copy.deepcopy(model)
+    bare.set_attn_implementation(attention)
+    return bare.eval()

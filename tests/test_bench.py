@@ -1,0 +1,97 @@
+"""What the benchmark makes of its measurements. How long anything takes is not tested."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.bench import SECTIONS, __main__, ranking
+from experiments.bench.machine import Machine
+from experiments.bench.measure import Row, alternate, compare
+from experiments.bench.models import work
+from experiments.cli import run
+from tests.models import random_model
+
+TIMES = {"ours": np.array([1.0, 2.0, 3.0]), "theirs": np.array([2.0, 4.0, 9.0])}
+
+
+def test_sides_are_called_in_turn() -> None:
+    calls: list[str] = []
+    times = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 3, "b": 3}
+
+
+def test_times_and_rates_are_compared_by_medians() -> None:
+    times = compare("s", "c", TIMES, "ours", "theirs", target="<= 0.6", floor=0.5)
+    assert (times.value, times.baseline, times.ratio, times.unit, times.floor) == (2000, 4000, 0.5, "ms", 500)
+    assert times.met is True
+    assert times.spread == pytest.approx((0.5 - (1 / 3 + 0.5) / 2) / 2)
+    rates = compare("s", "c", TIMES, "ours", "theirs", amount=8, target=">= 2.5")
+    assert (rates.value, rates.baseline, rates.ratio, rates.unit) == (4, 2, 2, "tokens/s")
+    assert rates.met is False
+    assert compare("s", "c", TIMES, "ours", "theirs").met is None
+    assert Row("s", "c", "m", 3.0, "GiB", target="<= 2").met is False
+
+
+def test_the_work_of_a_step_is_counted_in_weights_pairs_and_attention() -> None:
+    model = random_model(dtype=torch.float32)
+    config = model.config
+    head = config.vocab_size * config.hidden_size
+    weights = sum(x.numel() for x in model.parameters()) - head * (not config.tie_word_embeddings)
+    pairs = 3 * 2 * 2 * 5 * config.head_dim * 2
+    scores = 3 * 4 * (5 + 4) * 4 * config.head_dim * 2
+    assert work(model, rows=3, tokens=4, filled=5) == (4 * (weights + pairs), 2 * 12 * weights + 4 * scores)
+
+
+def test_the_floor_is_bytes_or_arithmetic() -> None:
+    machine = Machine(bytes_per_second=10.0, flops=100.0)
+    assert machine.floor(50, 100) == 5
+    assert machine.floor(5, 1000) == 10
+
+
+def test_the_sides_of_ranking_agree() -> None:
+    assert set(ranking.sides(64, "cpu")) == {
+        "sample", "sample pick by pick", "log-probability", "quadratic log-probability"
+    }  # fmt: skip
+
+
+def section(name: str, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """Let a section find a value."""
+
+    def rows(device: str) -> Iterator[Row]:
+        yield Row(name, "c", "m", value, "ms", target="<= 2")
+
+    module = ModuleType(name)
+    module.__dict__["rows"] = rows
+    monkeypatch.setitem(sys.modules, f"experiments.bench.{name}", module)
+
+
+def test_sections_are_added_to_the_numbers_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("ranking", 1.0), ("step", 3.0), ("ranking", 1.5)):
+        section(name, monkeypatch, value)
+        __main__.main([name, "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "bench.json").read_text())["sections"]
+    assert {name: [(row["value"], row["ratio"], row["met"]) for row in found[name]["rows"]] for name in found} == {
+        "ranking": [(1.5, None, True)], "step": [(3.0, None, False)]
+    }  # fmt: skip
+    assert {"machine", "commit", "date", "command"} <= set(found["step"])
+    shown = capsys.readouterr().out
+    assert "<= 2 met" in shown
+    assert "<= 2 missed" in shown
+
+
+def test_unknown_sections_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(__main__.main, ["speed"])
+    assert ended.value.code == 2
+    assert f"unknown section 'speed': known are {', '.join(SECTIONS)}" in capsys.readouterr().err
