@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,17 +11,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvenv import noise
-from kvenv.attention import HandedCache, attend_block, attention_probabilities
+from kvenv.attention import BEYOND, HandedCache, attend_block, attention_probabilities, causal_bias
 from kvenv.ranking import evict, eviction_order
 from kvenv.rotary import Rotary
 from kvenv.state import NEEDS, LayerState, Protection
 from kvenv.statistics import QueryMoments, WindowStatistics, newest
+from kvenv.windows import Window, cut
 
 if TYPE_CHECKING:
     from kvenv.golden import FutureAttention
 
 
-_SLOT_AXIS = {"keys": 3, "values": 3, "positions": 3, "stats": 4, "last_attention": 4}
+_SLOT_AXIS = {"keys": 3, "values": 3, "positions": 3, "stats": 5, "last_attention": 4}
 """Axis of the slots in those of :meth:`EvictingCache.row_tensors` that have one."""
 
 
@@ -106,14 +106,19 @@ class EvictingCache(HandedCache):
         self.budget = torch.as_tensor(budget, dtype=torch.int64, device=device).expand(rows).clone()
         self.rollout = torch.arange(rows, device=device)
         self.seed = torch.full((rows,), seed, dtype=torch.int64, device=device)
-        precise = torch.promote_types(model.dtype, torch.float32)
+        self.precise = torch.promote_types(model.dtype, torch.float32)
+        self._each_row = torch.arange(rows, device=device)[:, None, None]
+        self._each_head = torch.arange(self.kv_heads, device=device)[:, None]
+        self._windows: list[Window] = []
         self.statistics = (
-            WindowStatistics(shape, self.groups, precise, device) if {"stats", "last_attention"} & self.needs else None
+            WindowStatistics(shape, self.groups, self.precise, device)
+            if {"stats", "last_attention"} & self.needs
+            else None
         )
         self.rotary = Rotary.of(model)
         self.moments = (
             QueryMoments(
-                (self.num_layers, rows, self.kv_heads, self.groups), self.head_dim, self.rotary, precise, device
+                (self.num_layers, rows, self.kv_heads, self.groups), self.head_dim, self.rotary, self.precise, device
             )
             if "query_moments" in self.needs
             else None
@@ -132,19 +137,18 @@ class EvictingCache(HandedCache):
         """Walk the windows of this call: evict where due, cache the window's pairs, attend."""
         if query.shape[0] != self.positions.shape[1]:
             raise ValueError(f"the cache has {self.positions.shape[1]} rows, not the batch's {query.shape[0]}")
-        positions, valid = self._expected(query, padding)
+        if layer == 0:
+            self._windows = self._cut(*self._expected(query, padding))
         query = query.unflatten(1, (self.kv_heads, self.groups))
         outputs = []
-        for start, stop in self._blocks(query.shape[3]):
-            block_positions, block_valid = positions[:, start:stop], valid[:, start:stop]
-            if self.policy is not None and self.first_decision <= start <= self.last_decision:
-                self._decide(layer, block_positions[:, 0], block_valid.any(dim=1))
-            self._insert(layer, key[:, :, start:stop], value[:, :, start:stop], block_positions, block_valid)
-            outputs.append(self._attend(layer, query[:, :, :, start:stop], block_positions, block_valid, scaling))
+        for window in self._windows:
+            if self.policy is not None and self.first_decision <= window.start <= self.last_decision:
+                self._decide(layer, window)
+            columns = slice(window.start, window.stop)
+            self._insert(layer, key[:, :, columns], value[:, :, columns], window)
+            outputs.append(self._attend(layer, query[:, :, :, columns], window, scaling))
         if layer == self.num_layers - 1:
-            fed = torch.where(valid, positions, -1).amax(dim=1) + 1
-            self.next_position.copy_(torch.maximum(self.next_position, fed))
-            self._fed = None
+            self._advance()
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
         return output.flatten(1, 2)
 
@@ -177,7 +181,7 @@ class EvictingCache(HandedCache):
             prompt_length=self.prompt_length,
             budget=self.budget,
             interval=self.interval,
-            stats=self.statistics.values[layer] if self.statistics and "stats" in wanted else None,
+            stats=self.statistics.of(layer) if self.statistics and "stats" in wanted else None,
             last_attention=self.statistics.last[layer] if self.statistics and "last_attention" in wanted else None,
             queries=self.queries[layer] if "queries" in wanted else None,
             query_valid=self.query_valid if "queries" in wanted else None,
@@ -244,7 +248,7 @@ class EvictingCache(HandedCache):
             target.index_copy_(axis, rows, given[name][0])
 
     def _expected(self, query: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return positions and validity of the columns of this call; generate doesn't announce them."""
+        """Return positions and validity (N, S) of the columns of this call; generate doesn't announce them."""
         if self._fed is None:
             rows, columns = query.shape[0], query.shape[2]
             if self.policy is not None and self.interval > 1:
@@ -267,22 +271,29 @@ class EvictingCache(HandedCache):
                 self._fed = (padding.cumsum(dim=1)[:, -columns:] - 1, padding[:, -columns:].bool())
         return self._fed
 
-    def _blocks(self, columns: int) -> list[tuple[int, int]]:
-        """Cut the columns of a call into windows; what precedes the first decision is one block if nobody looks."""
-        by_window = self.statistics is not None or self.policy is not None
-        if columns <= self.interval or not by_window:
-            return [(0, columns)]
-        prefix = 0 if self.statistics is not None else self.first_decision
-        cuts = sorted({0, *range(prefix, columns, self.interval), columns})
-        return list(pairwise(cuts))
+    def _cut(self, positions: Tensor, valid: Tensor) -> list[Window]:
+        """Cut the columns of a call into windows; what precedes the first decision is one if nobody looks."""
+        columns = positions.shape[1]
+        cuts = [0, columns]
+        if columns > self.interval and (self.statistics is not None or self.policy is not None):
+            prefix = 0 if self.statistics is not None else self.first_decision
+            cuts = sorted({0, *range(prefix, columns, self.interval), columns})
+        return cut(positions, valid, cuts, self.precise)
 
-    def _decide(self, layer: int, next_position: Tensor, active: Tensor) -> None:
+    def _advance(self) -> None:
+        """Count the call's tokens, after the last layer."""
+        for window in self._windows:
+            fed = window.held.amax(dim=(1, 2)) + 1
+            self.next_position.copy_(torch.maximum(self.next_position, fed))
+        self._fed = None
+
+    def _decide(self, layer: int, window: Window) -> None:
         """Let the policy rank one layer's candidates and evict."""
         if self.policy is None:
             return
-        state = self.layer_state(layer, next_position)
+        state = self.layer_state(layer, window.next_position)
         order = eviction_order(self.policy(state), state.positions, state.mask)
-        count = self._excess(state.positions, active)
+        count = self._excess(state.positions, window.active)
         if self.on_eviction is not None:
             self.on_eviction(state, order, count)
         evict(self.positions[layer], order, count, self.capacity)
@@ -292,34 +303,33 @@ class EvictingCache(HandedCache):
         excess = (positions >= 0).sum(dim=-1) - self.budget[:, None]
         return excess.clamp(min=0) * active[:, None]
 
-    def _insert(self, layer: int, key: Tensor, value: Tensor, positions: Tensor, valid: Tensor) -> None:
-        """Write a block's pairs to free slots of each head; padding lands in free slots that stay empty."""
+    def _insert(self, layer: int, key: Tensor, value: Tensor, window: Window) -> None:
+        """Write a window's pairs to free slots of each head; padding lands in free slots that stay empty."""
         held = self.positions[layer]
-        # A block wider than the cache is one that fills it: its first columns are padding of every row.
-        key, value = key[:, :, -self.capacity :], value[:, :, -self.capacity :]
-        positions, valid = positions[:, -self.capacity :], valid[:, -self.capacity :]
+        # A window wider than the cache is one that fills it: its first columns are padding of every row.
+        key, value, new = (x[:, :, -self.capacity :] for x in (key, value, window.held))
         slots = (held >= 0).to(torch.int8).argsort(dim=-1, stable=True)[..., : key.shape[2]]
-        where = slots[..., None].expand(-1, -1, -1, key.shape[3])
-        self.keys[layer].scatter_(2, where, key)
-        self.values[layer].scatter_(2, where, value)
-        held.scatter_(2, slots, torch.where(valid, positions, -1)[:, None].expand(slots.shape))
+        where = (self._each_row, self._each_head, slots)
+        self.keys[layer].index_put_(where, key)
+        self.values[layer].index_put_(where, value)
+        held.scatter_(2, slots, new.expand(slots.shape))
         if self.statistics is not None:
             self.statistics.forget(layer, slots)
 
-    def _attend(self, layer: int, query: Tensor, positions: Tensor, valid: Tensor, scaling: float) -> Tensor:
+    def _attend(self, layer: int, query: Tensor, window: Window, scaling: float) -> Tensor:
         """Attend over the slots and take from the queries what the policy needs."""
-        held = self.positions[layer]
-        allowed = (held >= 0)[:, :, None] & (held[:, :, None] <= positions[:, None, :, None])
-        keys, values = self.keys[layer], self.values[layer]
+        held, keys, values = self.positions[layer], self.keys[layer], self.values[layer]
         if self.moments is not None:
-            self.moments.add(layer, query, positions, valid)
+            self.moments.add(layer, query, window.positions, window.valid)
         if "queries" in self.needs:
             self.queries[layer] = newest(query, self.interval, dim=3)
-            self.query_valid.copy_(newest(valid, self.interval, dim=1))
+            self.query_valid.copy_(newest(window.valid, self.interval, dim=1))
+        place = torch.where(held < 0, BEYOND, held.to(self.precise))[:, :, None]
         if self.statistics is None:
-            return attend_block(query, keys, values, allowed, scaling)
-        probabilities = attention_probabilities(query, keys, allowed, scaling)
-        self.statistics.add(layer, probabilities, valid)
+            return attend_block(query, keys, values, causal_bias(window.reach, place, query.dtype), scaling)
+        bias = causal_bias(window.reach, place, self.precise)
+        probabilities = attention_probabilities(query, keys, bias, scaling)
+        self.statistics.add(layer, probabilities, window)
         mixed = probabilities.flatten(2, 3).to(values.dtype) @ values
         return mixed.view(query.shape)
 

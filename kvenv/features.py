@@ -80,7 +80,8 @@ class FeatureSet:
                 f"features {self.name!r} returned {_describe(features)}: a tensor of shape "
                 f"{tuple(state.positions.shape)} and F (N, H, C, F) was expected"
             )
-        return torch.where(state.filled[..., None], features.float(), 0.0)
+        # All bits of an empty slot's features to 0, whatever they are: a selection takes a CPU four times as long.
+        return (features.float().view(torch.int32) & -state.filled[..., None].int()).view(torch.float32)
 
     def observe(self, cache: EvictingCache) -> Observation:
         """Return the observation of every row of a cache; it shares no memory with the cache.

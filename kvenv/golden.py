@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvenv.attention import HandedCache, attention_probabilities
+from kvenv.attention import BEYOND, HandedCache, attention_probabilities, causal_bias
 from kvenv.decode import Batch, Losses, collate, feed, read
 
 Reduce = Literal["max", "sum"]
@@ -123,13 +123,15 @@ class WindowedCache(HandedCache):
         query = query.unflatten(1, (self.kv_heads, self.groups))
         columns, total = query.shape[3], key.shape[2]
         self.begin(layer, key, columns // self.interval)
-        column = torch.arange(total, device=key.device)
+        dtype = torch.promote_types(key.dtype, torch.float32)
+        column = torch.arange(total, device=key.device).to(dtype)
+        held = torch.where(seen, column, BEYOND)[:, None, None]
         outputs = []
         for start in range(0, columns, self.interval):
             window = slice(start, start + self.interval)
             stop = total - columns + window.stop
-            allowed = seen[:, None, None, :stop] & (column[:stop] <= column[stop - self.interval : stop, None])
-            probabilities = attention_probabilities(query[:, :, :, window], key[:, :, :stop], allowed, scaling)
+            bias = causal_bias(column[stop - self.interval : stop, None], held[..., :stop], dtype)
+            probabilities = attention_probabilities(query[:, :, :, window], key[:, :, :stop], bias, scaling)
             self.see(layer, start // self.interval, probabilities, valid[:, window])
             mixed = probabilities.flatten(2, 3).to(value.dtype) @ value[:, :, :stop]
             outputs.append(mixed.view(*query.shape[:3], self.interval, -1))

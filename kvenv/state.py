@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kvenv.rotary import Rotary
@@ -136,8 +135,8 @@ class Protection:
         -------
         Tensor (..., N, H, C) bool
         """
-        first = prompt_length.clamp(min=self.sinks) if self.prompt else torch.full_like(prompt_length, self.sinks)
-        return (positions >= first[:, None, None]) & (positions < (next_position - self.recent)[:, None, None])
+        first = prompt_length.clamp(min=self.sinks)[:, None, None] if self.prompt else self.sinks
+        return (positions >= first) & (positions < (next_position - self.recent)[:, None, None])
 
     def size(self, prompt_length: int) -> int:
         """Return how many pairs are protected at most, for a trace with that prompt."""

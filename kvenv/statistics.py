@@ -7,11 +7,11 @@ from torch import Tensor
 
 from kvenv.rotary import Rotary
 from kvenv.state import STATS
+from kvenv.windows import Window
 
-DECAY = 0.9
-"""Decay per window of the last statistic (ForesightKV's code)."""
-
-_CUMULATIVE, _DECAYED = STATS.index("cumulative"), STATS.index("decayed")
+_LARGEST, _SMALLEST = STATS.index("max"), STATS.index("min")
+_SUMS = slice(STATS.index("sum"), STATS.index("sum32") + 1)
+_HISTORY = slice(STATS.index("cumulative"), STATS.index("decayed") + 1)
 
 
 class WindowStatistics:
@@ -19,56 +19,36 @@ class WindowStatistics:
 
     Attributes
     ----------
-    values : Tensor (L, N, H, G, C, 8)
-        In the order of :data:`kvenv.state.STATS`.
+    values : Tensor (L, N, H, G, 8, C)
+        In the order of :data:`kvenv.state.STATS`; a statistic's numbers lie side by side.
     last : Tensor (L, N, H, G, C)
         Attention probabilities of the newest query.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], groups: int, dtype: torch.dtype, device: torch.device) -> None:
         layers, rows, heads, slots = shape
-        self.values = torch.zeros(layers, rows, heads, groups, slots, len(STATS), dtype=dtype, device=device)
+        self.values = torch.zeros(layers, rows, heads, groups, len(STATS), slots, dtype=dtype, device=device)
         self.last = torch.zeros(layers, rows, heads, groups, slots, dtype=dtype, device=device)
+
+    def of(self, layer: int) -> Tensor:
+        """Return a layer's statistics as policies see them: (N, H, G, C, 8)."""
+        return self.values[layer].transpose(-1, -2)
 
     def forget(self, layer: int, slots: Tensor) -> None:
         """Clear the history of slots (N, H, S) that new pairs just took."""
-        history = self.values[layer, ..., _CUMULATIVE:]
-        where = slots[:, :, None, :, None].expand(-1, -1, history.shape[2], -1, history.shape[-1])
-        history.scatter_(3, where, 0.0)
+        history = self.values[layer, ..., _HISTORY, :]
+        history.scatter_(-1, slots[:, :, None, None].expand(*history.shape[:-1], -1), 0.0)
 
-    def add(self, layer: int, probabilities: Tensor, valid: Tensor) -> None:
-        """Take in a window's attention.
-
-        Parameters
-        ----------
-        layer : int
-            Index of the layer.
-        probabilities : Tensor (N, H, G, S, C)
-            Attention of the window's queries over the slots.
-        valid : Tensor (N, S) bool
-            Queries that exist.
-        """
-        seen = valid[:, None, None, :, None]
-        present = valid.any(dim=1)[:, None, None, None]
-        largest = probabilities.masked_fill(~seen, 0.0).amax(dim=3)
-        smallest = probabilities.masked_fill(~seen, 1.0).amin(dim=3) * present
-        age = valid.flip(1).cumsum(dim=1).flip(1)
-        spans = torch.stack([valid, *(valid & (age <= span) for span in (8, 16, 32)), valid & (age == 1)], dim=-1).to(
-            probabilities.dtype
-        )
-        sums = (probabilities.transpose(3, 4) @ spans[:, None, None]).unbind(-1)
-        old = self.values[layer]
-        self.values[layer] = torch.stack(
-            [
-                largest,
-                smallest,
-                *sums[:4],
-                old[..., _CUMULATIVE] + sums[0],
-                torch.where(present, DECAY * old[..., _DECAYED], old[..., _DECAYED]) + sums[0],
-            ],
-            dim=-1,
-        )
-        self.last[layer] = sums[4]
+    def add(self, layer: int, probabilities: Tensor, window: Window) -> None:
+        """Take in the attention (N, H, G, S, C) of a window's queries over the slots."""
+        values = self.values[layer]
+        # Factors instead of masks, which a CPU takes three times as long for; padding counts as 0 for max, 1 for min.
+        values[..., _LARGEST, :] = (probabilities * window.seen).amax(dim=3)
+        values[..., _SMALLEST, :] = (probabilities + window.unseen).amin(dim=3) * window.present
+        sums = window.spans @ probabilities
+        values[..., _SUMS, :] = sums[..., :-1, :]
+        values[..., _HISTORY, :] = values[..., _HISTORY, :] * window.fading + sums[..., :1, :]
+        self.last[layer] = sums[..., -1, :]
 
 
 class QueryMoments:

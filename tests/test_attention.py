@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from kvenv import attention
-from kvenv.attention import attend_block, attention_probabilities, use_kvenv_attention
+from kvenv.attention import BEYOND, attend_block, attention_probabilities, causal_bias, use_kvenv_attention
 from kvenv.cache import EvictingCache
 from tests.models import ARCHITECTURES, random_tokens
 from tests.policies import kvenv_model
@@ -90,10 +90,10 @@ def test_the_padding_mask_comes_through_unchanged() -> None:
 def test_a_query_that_sees_nothing_stays_finite() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         query, pairs = 30 * torch.randn(1, 2, 2, 3, 8, dtype=dtype), 30 * torch.randn(1, 2, 5, 8, dtype=dtype)
-        allowed = torch.ones(1, 1, 3, 5, dtype=torch.bool)
-        allowed[:, :, 1] = False
-        output = attend_block(query, pairs, pairs, allowed, 0.3)
-        probabilities = attention_probabilities(query, pairs, allowed, 0.3)
+        precise = torch.promote_types(dtype, torch.float32)
+        reach, held = torch.tensor([[4.0], [-1.0], [4.0]]), torch.arange(5.0)
+        output = attend_block(query, pairs, pairs, causal_bias(reach, held, dtype)[None, None], 0.3)
+        probabilities = attention_probabilities(query, pairs, causal_bias(reach, held, precise)[None, None], 0.3)
         assert output.isfinite().all()
         assert probabilities.isfinite().all()
 
@@ -102,12 +102,14 @@ def test_both_forms_of_attention_agree_and_see_what_is_allowed() -> None:
     rng = torch.Generator().manual_seed(0)
     query = torch.randn(2, 3, 2, 4, 8, generator=rng, dtype=torch.float64)
     key, value = torch.randn(2, 2, 3, 7, 8, generator=rng, dtype=torch.float64)
-    allowed = torch.rand(2, 3, 4, 7, generator=rng) < 0.6
-    allowed[..., 0] = True
-    probabilities = attention_probabilities(query, key, allowed, 0.5)
+    held = torch.stack([torch.randperm(7, generator=rng) for _ in range(6)]).view(2, 3, 1, 7).double()
+    held[0, 1, 0, 3] = BEYOND
+    reach = torch.tensor([[0.0], [2.0], [5.0], [6.0]]).double().expand(2, 1, 4, 1)
+    allowed, bias = held <= reach, causal_bias(reach, held, torch.float64)
+    probabilities = attention_probabilities(query, key, bias, 0.5)
     assert (probabilities[(~allowed)[:, :, None].expand_as(probabilities)] == 0).all()
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 3, 2, 4).double())
-    fused = attend_block(query, key, value, allowed, 0.5)
+    fused = attend_block(query, key, value, bias, 0.5)
     torch.testing.assert_close(fused, torch.einsum("nhgsc,nhcd->nhgsd", probabilities, value))
 
 

@@ -158,8 +158,8 @@ def shuffle_slots(cache: EvictingCache) -> None:
         pairs.copy_(pairs.gather(3, slots[..., None].expand_as(pairs)))
     if cache.statistics is not None:
         for x in (cache.statistics.values, cache.statistics.last):
-            where = slots[:, :, :, None].reshape(*slots.shape[:3], 1, -1, *[1] * (x.dim() - 5)).expand_as(x)
-            x.copy_(x.gather(4, where))
+            where = slots.view(*slots.shape[:3], *[1] * (x.dim() - 4), -1).expand_as(x)
+            x.copy_(x.gather(-1, where))
 
 
 @settings(max_examples=10)
