@@ -1,7 +1,8 @@
 """Paired statistics over evaluation rows: means with intervals, differences, and what "beats" means.
 
-The unit is trace x seed. The bootstrap is hierarchical (resample traces, then seeds within each) and paired: a
-difference is taken trace by trace and seed by seed before anything is resampled.
+The unit is trace x seed. The bootstrap is hierarchical and paired: a difference is taken trace by trace and seed by
+seed before anything is resampled. Seeds of a policy's noise are independent from trace to trace and resampled within
+each; seeds of trainings are shared by all traces and resampled once for all of them.
 """
 
 from __future__ import annotations
@@ -54,13 +55,15 @@ class Estimate:
     bound: float
 
 
-def bootstrap(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+def bootstrap(values: np.ndarray, *, shared_seeds: bool = False, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """Estimate a mean by the hierarchical percentile bootstrap.
 
     Parameters
     ----------
     values : array (traces, seeds)
         One value per unit.
+    shared_seeds : bool
+        Whether a seed is the same for all traces (a training's), not drawn anew for each (a policy's noise).
     resamples : int
         Bootstrap samples.
     seed : int
@@ -78,10 +81,24 @@ def bootstrap(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) 
     if (values == values[:, :1]).all():  # a policy without noise: resampling its seeds changes nothing
         values = values[:, :1]
     rng = np.random.default_rng(seed)
-    sizes = [min(AT_ONCE, resamples - start) for start in range(0, resamples, AT_ONCE)]
-    means = np.concatenate([_resampled_means(values, rng, size) for size in sizes])
-    low, high, bound = np.quantile(means, (0.025, 0.975, 0.95))
+    if shared_seeds:
+        traces, seeds = (weights(rng, resamples, count) for count in values.shape)
+        means = ((traces @ values) * seeds).sum(axis=1)
+    else:
+        sizes = [min(AT_ONCE, resamples - start) for start in range(0, resamples, AT_ONCE)]
+        means = np.concatenate([_resampled_means(values, rng, size) for size in sizes])
+    return estimate(mean, means)
+
+
+def estimate(mean: float, resampled: np.ndarray) -> Estimate:
+    """Return a mean with the intervals that its bootstrap samples give."""
+    low, high, bound = np.quantile(resampled, (0.025, 0.975, 0.95))
     return Estimate(mean, float(low), float(high), float(bound))
+
+
+def weights(rng: np.random.Generator, resamples: int, count: int) -> np.ndarray:
+    """Return the share (resamples, count) of each of ``count`` things in samples drawn with replacement."""
+    return rng.multinomial(count, np.full(count, 1 / count), size=resamples) / count
 
 
 def _resampled_means(values: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
@@ -156,6 +173,11 @@ class Cell:
         return self.to_golden is not None and self.to_golden.mean <= SATURATED
 
 
+def scored(values: np.ndarray) -> np.ndarray:
+    """Return the values (traces, seeds) of traces in which something is scored, for every policy the same ones."""
+    return values[~np.isnan(values).any(axis=1)]
+
+
 class Comparison:
     """Rows measured on the same terms, by cell.
 
@@ -183,10 +205,12 @@ class Comparison:
                 raise ValueError(f"policy {row.policy!r} has trace {row.trace}, seed {row.seed} twice: keep one")
             cell[row.trace, row.seed] = row
 
-    def values(self, family: str, policy: str, budget: int, metric: str) -> np.ndarray:
-        """Return a cell's values (traces, seeds), traces and seeds in ascending order.
+    def has(self, family: str, policy: str, budget: int) -> bool:
+        """Return whether a cell was measured."""
+        return (family, policy, budget) in self._cells
 
-        Traces without a scored answer are left out of the answer metrics (for every policy alike).
+    def values(self, family: str, policy: str, budget: int, metric: str) -> np.ndarray:
+        """Return a cell's values (traces, seeds), traces and seeds in ascending order; NaN where nothing is scored.
 
         Raises
         ------
@@ -201,8 +225,7 @@ class Comparison:
             raise ValueError(
                 f"rows of policy {policy!r} on traces {family!r} at budget {budget} are missing some seeds"
             )
-        values = np.array([[getattr(cell[t, s], metric) for s in seeds] for t in traces], dtype=np.float64)
-        return values[~np.isnan(values).any(axis=1)]
+        return np.array([[getattr(cell[t, s], metric) for s in seeds] for t in traces], dtype=np.float64)
 
     def difference(self, family: str, one: str, other: str, budget: int, metric: str = "answer_loss") -> Estimate:
         """Return the paired difference of two policies in a cell: one minus other.
@@ -218,7 +241,8 @@ class Comparison:
                 f"policies {one!r} and {other!r} were not run on the same traces and seeds of {family!r} "
                 f"at budget {budget}"
             )
-        return bootstrap(self.values(family, one, budget, metric) - self.values(family, other, budget, metric))
+        values = self.values(family, one, budget, metric) - self.values(family, other, budget, metric)
+        return bootstrap(scored(values))
 
     def cells(self) -> list[Cell]:
         """Return all cells by family, budget and policy."""
@@ -227,13 +251,13 @@ class Comparison:
             for family in self.families
             for budget in self.budgets
             for policy in self.policies
-            if (family, policy, budget) in self._cells
+            if self.has(family, policy, budget)
         ]
 
     def _cell(self, family: str, policy: str, budget: int) -> Cell:
-        values = {metric: self.values(family, policy, budget, metric) for metric in METRICS}
+        values = {metric: scored(self.values(family, policy, budget, metric)) for metric in METRICS}
         estimates = {metric: bootstrap(array) for metric, array in values.items() if array.size}
-        golden = "answer_loss" in estimates and (family, "golden", budget) in self._cells
+        golden = "answer_loss" in estimates and self.has(family, "golden", budget)
         return Cell(
             family, policy, budget, estimates, self.difference(family, policy, "golden", budget) if golden else None
         )

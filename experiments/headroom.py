@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import tyro
 from rich.table import Table
 
@@ -97,7 +98,7 @@ def requirements(comparison: Comparison, family: str, budget: int) -> list[Requi
     """
 
     def loss(policy: str) -> float:
-        return float(comparison.values(family, policy, budget, "answer_loss").mean())
+        return float(np.nanmean(comparison.values(family, policy, budget, "answer_loss")))
 
     def difference(one: str, other: str) -> Estimate:
         return comparison.difference(family, one, other, budget)
