@@ -187,7 +187,7 @@ class GRPOLearner(Learner):
     Raises
     ------
     ValueError
-        If the reward is unknown, or the policy to start from is no scorer of this model.
+        If the reward is unknown, a budget is impossible, or the policy to start from is no scorer of this model.
     """
 
     name: ClassVar[str] = "grpo"
@@ -205,6 +205,8 @@ class GRPOLearner(Learner):
         self.config = config or GRPOConfig()
         self.episodes = Episodes(model, source, interval, protection or Protection(recent=interval))
         self._reward = REWARDS.get(self.config.reward)
+        # What can't be decoded shows now, not at the update that draws it.
+        self.episodes.draw(np.random.default_rng(self.config.seed), 1, max(self.config.budgets))
         start = self._loaded(self.config.init) if self.config.init else self._random(features)
         self.scorer, self.features = start.scorer, feature_set(start.features)
         self.reference = copy.deepcopy(self.scorer).requires_grad_(False)
@@ -213,7 +215,7 @@ class GRPOLearner(Learner):
     @property
     def policy(self) -> ScorerPolicy:
         """The policy as trained so far; it evicts what scores lowest."""
-        training = {"learner": self.name, "done": self.done, **asdict(self.config)}
+        training = {"learner": self.name, "updates_done": self.done, **asdict(self.config)}
         return ScorerPolicy(self.scorer, self.features.name, self.name, training)
 
     def update(self) -> dict[str, float]:

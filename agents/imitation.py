@@ -22,9 +22,11 @@ from agents.checkpoint import module_state, optimizer_state, restore_module, res
 from agents.episodes import Episodes
 from agents.learner import Learner, State
 from agents.ranking_losses import LOSSES, LossName
+from agents.returns import rollout_metrics, window_losses
 from agents.schedule import follow, warm_cosine
 from agents.scorer import Inputs, Scorer, ScorerPolicy
 from kvenv.features import FeatureSet, feature_set
+from kvenv.registry import REWARDS
 from kvenv.state import LayerState, Protection
 from kvenv.traces import TraceSource
 
@@ -58,7 +60,7 @@ class ImitationConfig:
     """Hidden layers of the scorer; one is the paper's, more are normalised."""
     inputs: Inputs = "squashed"
     """How the scorer takes features in: squashed by the inverse hyperbolic sine and standardised, standardised only, or
-    raw, which costs a scorer that sees the position most of what it can; see experiments/results."""
+    raw; compared in experiments/results."""
     ema: float = 0.99
     """Decay of the running mean of the weights, which is the policy: single traces pull the weights about."""
     grad_clip: float = 1.0
@@ -76,6 +78,9 @@ class ImitationConfig:
         for name, least in (("num_traces", 1), ("hidden", 1), ("depth", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be at least {least}")
+        for name in ("learning_rate", "power", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be positive")
         for name in ("dagger", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} is no share: choose 0 to 1")
@@ -93,6 +98,7 @@ PRESETS = {
         power=1.0,
         learning_rate=1e-2,
         margin=0.01,
+        warmup=10,
         ema=0.0,
         hidden=16,
         depth=1,
@@ -148,7 +154,9 @@ class Student:
         config, part, optimizer = self.config, self.layers[state.layer], self.optimizers[state.layer]
         with torch.enable_grad():
             utility = needed(state, "future") ** config.power
-            loss = LOSSES[config.loss](scores, utility, state.mask, state.positions, config.margin)
+            # A row whose trace has ended has no future, and nothing to teach.
+            mask = state.mask & (utility > 0).any(dim=-1, keepdim=True)
+            loss = LOSSES[config.loss](scores, utility, mask, state.positions, config.margin)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(part.parameters(), config.grad_clip)
@@ -276,10 +284,11 @@ class ImitationLearner(Learner):
         rate = warm_cosine(self.done, config.updates, config.warmup, 0.2, 0.05)
         lesson = Lesson(self.students, led, rate)
         rollout = self.episodes.play(lesson, traces, budget, future=self.episodes.future(traces, budget))
-        paid = rollout.losses.nll[:, budget + self.episodes.interval :].sum(dim=1) / self.episodes.interval
+        interval = self.episodes.interval
+        windows = window_losses(self.episodes.model, traces, rollout.losses, budget + interval, interval)
         self.done += 1
         return {
-            "rollout/ep_rew_mean": -float(paid.mean()),
+            **rollout_metrics(windows, REWARDS.get("lm_loss_increase")(windows).unflatten(0, (len(traces), -1))),
             **lesson.metrics(),
             "loss/learning_rate": lesson.rate * config.learning_rate,
             "time/policy": lesson.deciding,

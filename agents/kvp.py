@@ -211,8 +211,10 @@ class KVPLearner(Learner):
         # Averaged over the picks of a ranking, summed over agents, of which each has its own weights.
         loss = -((advantage * logs).sum(dim=-1) / count).mean(dim=(0, 3)).sum()
         norm = self._step(loss)
+        # As KVRank-v0 pays it, whatever power of the utilities was learnt from.
+        plain, best = (x ** (1 / self.config.power) for x in (utility, batch.utility))
         return {
-            "rollout/ep_rew_mean": float((-cost(utility) / least).mean()),
+            "rollout/ep_rew_mean": float((-cost(plain) / least_cost(best)).mean()),
             "loss/kvp": float(loss.detach()),
             "loss/entropy": float(-(logs.detach().sum(dim=-1) / count).mean()),
             "loss/grad_norm": norm,
@@ -277,6 +279,14 @@ class KVPLearner(Learner):
     def _check(self) -> None:
         """Refuse what can't work."""
         config = self.config
+        for name, least in (("hidden", 1), ("embedding", 1), ("warmup", 0)):
+            if getattr(config, name) < least:
+                raise ValueError(f"{name} {getattr(config, name)} is impossible: it must be at least {least}")
+        for name in ("learning_rate", "grad_clip", "power"):
+            if not getattr(config, name) > 0:
+                raise ValueError(f"{name} {getattr(config, name)} is impossible: it must be positive")
+        if not 0 <= config.ema < 1:
+            raise ValueError(f"ema {config.ema} is impossible: it must be at least 0 and below 1")
         if not len(self.store):
             raise ValueError("the store has no traces: record some with `kvenv record`")
         if config.group not in ("trace", "batch"):
@@ -295,7 +305,8 @@ class KVPLearner(Learner):
     def state(self) -> State:
         """Return weights, their running mean and the optimizer's moments; data and noise follow from ``done``."""
         tensors = module_state(self.scorer, "scorer") | module_state(self.average, "average")
-        return State(tensors | optimizer_state(self.optimizer), {"learner": self.name, "done": self.done})
+        values = {"learner": self.name, "done": self.done, "store": len(self.store)}
+        return State(tensors | optimizer_state(self.optimizer), values)
 
     def restore(self, state: State) -> None:
         """Go on from a state.
@@ -303,9 +314,14 @@ class KVPLearner(Learner):
         Raises
         ------
         ValueError
-            If the state is of another learner or other shapes.
+            If the state is of another learner or other shapes, or learnt from a store of another size.
         """
         self.check(state)
+        if state.values["store"] != len(self.store):
+            raise ValueError(
+                f"the store has {len(self.store)} traces, the run learnt from {state.values['store']}: going on would "
+                "draw other batches; record into another directory"
+            )
         restore_module(self.scorer, state.tensors, "scorer")
         restore_module(self.average, state.tensors, "average")
         self.done = int(state.values["done"])

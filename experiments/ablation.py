@@ -90,7 +90,8 @@ def measure(policies: dict[str, Policy], args: Args) -> dict[str, dict[str, dict
 def compare(args: Args) -> dict[str, Any]:
     """Measure what isn't there yet, writing after each; return all."""
     path = args.out / f"{args.learner}.json"
-    terms = {name: getattr(args, name) for name in ("updates", "budget", "batch", "num_traces")}
+    shared = ("updates", "budget", "batch", "num_traces", *(["init"] if args.learner == "grpo" else []))
+    terms = {name: getattr(args, name) for name in shared}
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"terms": terms, "rows": {}}
     if there["terms"] != terms:
         raise ValueError(f"{path} was measured with {there['terms']}, not {terms}: choose another --out")
@@ -135,7 +136,7 @@ def table(found: dict[str, Any], learner: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the comparison."""
-    args = tyro.cli(Args, args=argv, prog="kvenv ablation")
+    args = tyro.cli(Args, args=argv, prog="python -m experiments.ablation")
     print(table(compare(args), args.learner))
 
 

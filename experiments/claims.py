@@ -6,8 +6,9 @@ one on short traces for transfer; everything measured on the same test traces, a
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ LEARNERS = ("imitation", "grpo", "kvp", "ppo")
 EXPECTED = "golden-expected"
 SHORT, LONG = 256, 1024
 """Tokens of the traces that one KVP is trained on, and of those it is tested on."""
+MEASURED_TOGETHER = 3
+"""Policies that a job measures."""
 MIDDLE = 64
 """The budget at which transfer and ppo, which is far behind the other learners, are measured."""
 
@@ -45,6 +48,28 @@ def heuristics() -> list[str]:
 def attention_free() -> list[str]:
     """Return the heuristics that see no attention."""
     return [name for name in heuristics() if agents.make(name).needs <= {"noise"}]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who is measured.
+
+    Attributes
+    ----------
+    name : str
+        What rows call it.
+    policy : str
+        A policy's name, or the directory of a trained one.
+    seed : int
+        Of its training.
+    after : tuple of str
+        Jobs that make it.
+    """
+
+    name: str
+    policy: str
+    seed: int = 0
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +155,10 @@ class Plan:
 
     def rows(self, split: str) -> list[Row]:
         """Return what was measured on a split's traces; a row's seed is that of the training."""
-        return [row for path in sorted((self.out / "rows").glob(f"{split}-*.json")) for row in evaluate.read_rows(path)]
+        paths = sorted((self.out / "rows").glob(f"{split}-*.json"))
+        rows = [row for path in paths for row in evaluate.read_rows(path)]
+        seeded = (*LEARNERS, "ppo-initial")
+        return [row for row in rows if row.policy not in seeded or row.seed in self.size.seeds]
 
     def tokens(self, learner: str) -> int:
         """Return how many tokens an update of grpo or ppo decodes."""
@@ -189,44 +217,42 @@ class Plan:
         largest = max(size.budgets)
         middle = replace(test, budgets=(MIDDLE,), score_from=largest + test.interval)
         far = replace(middle, trace_length=LONG, num_traces=size.long_traces)
-        jobs = [self._measurement(EXPECTED, expected, EXPECTED)]
-        for learner in LEARNERS:
-            for seed in size.seeds:
-                policy, after = str(self.run(learner, seed) / POLICY), (f"{learner}-{seed}",)
-                both = (middle,) if learner == "ppo" else (validation, test)
-                jobs += [self._measurement(policy, args, learner, seed, after) for args in both]
-        jobs += [
-            self._measurement(str(self.run("ppo-initial", seed)), middle, "ppo-initial", seed, (f"ppo-initial-{seed}",))
+        trained = {
+            learner: [
+                Contestant(learner, str(self.run(learner, seed) / POLICY), seed, (f"{learner}-{seed}",))
+                for seed in size.seeds
+            ]
+            for learner in LEARNERS
+        }
+        initial = [
+            Contestant("ppo-initial", str(self.run("ppo-initial", seed)), seed, (f"ppo-initial-{seed}",))
             for seed in size.seeds
         ]
-        jobs += [
-            self._measurement(name, args, name)
-            for name in (*heuristics(), "golden", FULL)
-            for args in (validation, test)
+        transferred = {
+            name: Contestant(f"kvp-{name}", str(self.out / "runs" / f"kvp-{name}" / POLICY), 0, (f"kvp-{name}",))
+            for name in (*FAMILIES, "short")
+        }
+        untrained = [Contestant(name, name) for name in (*heuristics(), "golden", FULL)]
+        learned = [one for learner in LEARNERS if learner != "ppo" for one in trained[learner]]
+        free = [one for one in untrained if one.name in (*attention_free(), "golden", FULL)]
+        return [
+            *self._measurement("test", expected, [Contestant(EXPECTED, EXPECTED)]),
+            *self._measurement("validation", validation, [*learned, *untrained]),
+            *self._measurement("test", test, [*learned, *untrained]),
+            *self._measurement("test", middle, [*trained["ppo"], *initial, *transferred.values()]),
+            *self._measurement("long", far, [trained["kvp"][0], transferred["short"], *free]),
         ]
-        for name in (*FAMILIES, "short"):
-            policy, after = str(self.out / "runs" / f"kvp-{name}" / POLICY), (f"kvp-{name}",)
-            jobs.append(self._measurement(policy, middle, f"kvp-{name}", after=after))
-        seed = size.seeds[0]
-        whole, short = self.run("kvp", seed) / POLICY, self.out / "runs" / "kvp-short" / POLICY
-        jobs.append(self._measurement(str(whole), far, "kvp", after=(f"kvp-{seed}",), where="long"))
-        jobs.append(self._measurement(str(short), far, "kvp-short", after=("kvp-short",), where="long"))
-        for name in (*attention_free(), "golden", FULL):
-            jobs.append(self._measurement(name, far, name, where="long"))
-        return jobs
 
-    def _measurement(
-        self,
-        policy: str,
-        args: evaluate.Args,
-        name: str,
-        seed: int = 0,
-        after: tuple[str, ...] = (),
-        where: str = "",
-    ) -> Job:
-        label = f"{where or args.split}-{name}-{seed}"
-        path = self.out / "rows" / f"{label}.json"
-        return Job(label, measure, (replace(args, policies=(policy,)), name, seed, path), path, after)
+    def _measurement(self, where: str, args: evaluate.Args, contestants: Sequence[Contestant]) -> list[Job]:
+        """Return jobs that measure some contestants each: what they share, the full cache and golden, is done once."""
+        jobs = []
+        for start in range(0, len(contestants), MEASURED_TOGETHER):
+            group = contestants[start : start + MEASURED_TOGETHER]
+            paths = [self.out / "rows" / f"{where}-{one.name}-{one.seed}.json" for one in group]
+            name = "-".join([where, *(f"{one.name}-{one.seed}" for one in group)])
+            after = tuple(dict.fromkeys(need for one in group for need in one.after))
+            jobs.append(self._job(name, measure, args, group, paths, after=after))
+        return jobs
 
     def _job(self, name: str, work: Callable[..., None], *arguments: object, after: tuple[str, ...] = ()) -> Job:
         result = self.out / "done" / name
@@ -253,15 +279,19 @@ def save_initial(args: LearnerArgs, directory: Path, result: Path) -> None:
     write_atomic(result, "")
 
 
-def measure(args: evaluate.Args, name: str, seed: int, result: Path) -> None:
-    """Evaluate one policy on all families and write its rows under a name and the seed of its training."""
+def measure(args: evaluate.Args, contestants: Sequence[Contestant], paths: Sequence[Path], result: Path) -> None:
+    """Evaluate on all families those who aren't yet, and write their rows under their names and trainings' seeds."""
+    todo = {f"{one.name}-{one.seed}": (one, path) for one, path in zip(contestants, paths) if not path.exists()}
     loaded = load_model(args.model)
-    (policy,) = evaluate.make_policies(args.policies, args.device).values()
-    rows: list[Row] = []
-    for family in args.traces:
+    policies = {
+        label: next(iter(evaluate.make_policies((one.policy,), args.device).values()))
+        for label, (one, _) in todo.items()
+    }
+    rows: dict[str, list[Row]] = {label: [] for label in todo}
+    for family in args.traces if todo else ():
         source = load_traces(family, split=args.split, tokenizer=loaded.tokenizer, trace_length=args.trace_length)
         batches = evaluate_policies(
-            {name: policy},
+            policies,
             source,
             range(args.num_traces),
             model=loaded.model,
@@ -269,5 +299,9 @@ def measure(args: evaluate.Args, name: str, seed: int, result: Path) -> None:
             score_from=args.score_from,
             batch_size=args.batch_size,
         )
-        rows += [replace(row, seed=seed) for batch in batches for row in batch]
-    evaluate.write_rows(rows, result)
+        for row in itertools.chain.from_iterable(batches):
+            one, _ = todo[row.policy]
+            rows[row.policy].append(replace(row, policy=one.name, seed=one.seed))
+    for label, (_, path) in todo.items():
+        evaluate.write_rows(rows[label], path)
+    write_atomic(result, "")

@@ -82,13 +82,13 @@ class RunArgs:
     """Directory of the run: config.json, metrics.jsonl, checkpoints/, policy/, TensorBoard events."""
     resume: Path | None = None
     """Go on with the run in this directory, with its arguments; --updates extends a finished one."""
-    eval_every: int = 100
+    eval_every: int = 20
     """Updates between two evaluations on validation traces; 0 for none."""
     eval_traces: int = 32
     """Validation traces; a mixture's families come in turn."""
     eval_budgets: tuple[int, ...] = ()
     """Budgets of the evaluation, whose mean is reported; those of the training if empty."""
-    save_every: int = 50
+    save_every: int = 10
     """Updates between two checkpoints."""
 
 
@@ -163,7 +163,9 @@ class KVP(LearnerArgs):
 
     env: tyro.conf.OmitArgPrefixes[DecodingArgs] = field(default_factory=DecodingArgs)
     learner: tyro.conf.OmitArgPrefixes[kvp.KVPConfig] = field(default_factory=kvp.KVPConfig)
-    run: tyro.conf.OmitArgPrefixes[RunArgs] = field(default_factory=lambda: RunArgs(eval_budgets=(64,)))
+    run: tyro.conf.OmitArgPrefixes[RunArgs] = field(
+        default_factory=lambda: RunArgs(eval_every=100, eval_budgets=(64,), save_every=100)
+    )
     store: Path = Path("runs/store")
     """Trace store to learn from, made by `kvenv record`; what is decoded how is for the evaluation."""
 

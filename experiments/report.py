@@ -20,7 +20,7 @@ CURVES = {
     "eval/answer_loss": "answer loss on validation traces (nats)",
     "eval/low_entropy_increase": "loss increase on low-entropy tokens (nats)",
     "eval/agreement_with_golden": "evictions shared with golden",
-    "rollout/ep_rew_mean": "return of training episodes",
+    "rollout/ep_rew_mean": "return of training episodes (kvp: of KVRank-v0)",
 }
 """What is drawn, by tag."""
 COLUMNS = {

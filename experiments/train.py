@@ -20,12 +20,12 @@ from experiments.validation import Validation
 
 
 def parse(arguments: Sequence[str]) -> LearnerArgs:
-    """Return the arguments of a learner, those of a resumed run taken from its directory.
+    """Return the arguments of a learner, those of a resumed run taken from its directory where none are given.
 
     Raises
     ------
     ValueError
-        If a resumed run is given other arguments than more updates.
+        If the directory is no run, or one of another learner.
     """
     name, *rest = arguments
     prog = f"kvenv train {name}"
@@ -39,13 +39,7 @@ def parse(arguments: Sequence[str]) -> LearnerArgs:
     if config["learner"] != name:
         raise ValueError(f"--resume {resume}: that is a run of {config['learner']}, not of {name}")
     saved = from_json(default_arguments(name), config["arguments"])
-    given = tyro.cli(LEARNERS[name], args=rest, default=saved, prog=prog)
-    differs = changed(to_json(saved), to_json(given))
-    for argument, (was, now) in differs.items():
-        if argument not in ("resume", "updates"):
-            option = argument.replace("_", "-")
-            raise ValueError(f"--{option} {now}: the run has {was}, and a resumed run keeps its arguments")
-    return given
+    return tyro.cli(LEARNERS[name], args=rest, default=saved, prog=prog)
 
 
 def train(args: LearnerArgs) -> Path:
@@ -54,19 +48,21 @@ def train(args: LearnerArgs) -> Path:
     Raises
     ------
     ValueError
-        If an argument is impossible.
+        If an argument is impossible, or a resumed run is given other arguments than more updates.
     SystemExit
         With the code of a signal that came (130 or 143), after a checkpoint.
     """
     _check(args)
-    learner = args.build()
+    if args.run.resume is not None:
+        _refuse_changes(args)
+    # Both are made before the directory is: they find what is impossible.
+    learner, validation = args.build(), args.validation() if args.run.eval_every else None
     if args.run.resume is None:
         run = Run.create(args.run.out, args.name, args)
     else:
         run = Run(args.run.resume)
         run.restore(learner)
         _extend(run, args.learner.updates, learner.done)
-    validation = args.validation() if args.run.eval_every else None
     with Interruption() as interruption, run.writing(learner.done):
         if learner.done == 0 and validation:
             run.log(0, *_validate(validation, learner))
@@ -112,6 +108,17 @@ def _check(args: LearnerArgs) -> None:
     ):
         if value < least:
             raise ValueError(f"--{name} {value} is impossible: it must be at least {least}")
+
+
+def _refuse_changes(args: LearnerArgs) -> None:
+    """Refuse to go on with other arguments than a run was begun with."""
+    if args.run.resume is None:
+        return
+    saved = from_json(default_arguments(args.name), read_config(args.run.resume)["arguments"])
+    for argument, (was, now) in changed(to_json(saved), to_json(args)).items():
+        if argument not in ("resume", "updates"):
+            option = argument.replace("_", "-")
+            raise ValueError(f"--{option} {now}: the run has {was}, and a resumed run keeps its arguments")
 
 
 def _extend(run: Run, updates: int, done: int) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from experiments.story import follow
 from kvenv.evaluation import Row, evaluate
 from kvenv.layerwise import Policy
+from kvenv.limits import Limits
 from kvenv.models import load_model
 from kvenv.state import Protection
 from kvenv.traces import load_traces
@@ -31,6 +32,11 @@ class Validation:
         What is reported is the mean over them.
     num_traces : int
         How many traces; a mixture's families come in turn.
+
+    Raises
+    ------
+    ValueError
+        If a budget is impossible with the first of them.
     """
 
     def __init__(
@@ -53,6 +59,9 @@ class Validation:
         )
         self.interval, self.budgets, self.protection = interval, budgets, Protection(sinks, recent)
         self.trace_ids = range(min(num_traces, self.source.size or num_traces))
+        for budget in budgets:
+            limits = Limits(trace_length, budget, interval, True, self.protection)
+            limits.check_trace(self.source[self.trace_ids[0]], budget, budget + interval)
 
     def measure(self, policy: Policy) -> dict[str, float]:
         """Return the means over traces and budgets as ``eval/...``."""

@@ -80,8 +80,10 @@ class Variant:
 VARIANTS = {
     "imitation": [
         *(Variant({}, features) for features in ("pre-rope", "foresight", "kv")),
-        *(Variant(changes, "pre-rope") for changes in ({"depth": 2}, {"inputs": "raw"}, {"ema": 0.0})),
+        *(Variant({"inputs": "raw"}, features) for features in ("pre-rope", "foresight", "kv")),
+        *(Variant(changes, "pre-rope") for changes in ({"depth": 2}, {"ema": 0.0})),
         *(Variant({"loss": loss}, "pre-rope") for loss in LOSSES if loss != ImitationConfig.loss),
+        *(Variant({"loss": loss, "power": 1.0}, "pre-rope") for loss in ("pairwise", "regression", "listwise")),
         *(Variant({"power": power}, "pre-rope") for power in (1.0, 2.0, 5.0)),
         *(Variant({"dagger": dagger}, "pre-rope") for dagger in (0.0, 1.0)),
     ],

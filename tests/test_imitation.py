@@ -16,7 +16,7 @@ import torch
 import agents
 import kvenv
 from agents.episodes import Episodes
-from agents.imitation import ImitationConfig, ImitationLearner, Lesson
+from agents.imitation import ImitationConfig, ImitationLearner, Lesson, Student
 from agents.ranking_losses import LOSSES, expected_cost, likelihood, listwise, pairwise_hinge, regression, team_cost
 from agents.scorer import Scorer, ScorerPolicy
 from kvenv.layerwise import rollout
@@ -173,8 +173,35 @@ def test_what_minimises_a_loss_is_in_goldens_order(loss: str) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_imitation_learns_to_agree_with_golden(loss: str) -> None:
     learner, least = imitator(loss=loss), {"cost": 1.0}.get(loss, 0.0)
+    before = agreement(learner)
     losses = [learner.update()["loss/ranking"] - least for _ in range(12)]
     assert np.mean(losses[-3:]) < 0.99 * np.mean(losses[:3])
+    assert agreement(learner) > before + 0.03
+
+
+def agreement(learner: ImitationLearner) -> float:
+    """Return in which share of its evictions the policy agrees with golden, on traces drawn apart."""
+    traces = learner.episodes.draw(np.random.default_rng(7), 8, BUDGET)
+    future = learner.episodes.future(traces, BUDGET)
+    return float(learner.episodes.play(learner.policy, traces, BUDGET, future=future, agreement=True).agreement.mean())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_trace_that_has_ended_teaches_nothing(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, learn, ended = imitator(loss=loss, power=1.0), Student.learn, 0
+
+    def watched(student: Student, scores: torch.Tensor, state: LayerState, rate: float) -> Any:
+        nonlocal ended
+        scores.retain_grad()
+        learnt = learn(student, scores, state, rate)
+        over = ~(state.future > 0).any(dim=(1, 2))
+        ended += int(over.sum())
+        assert not scores.grad[over].any()
+        return learnt
+
+    monkeypatch.setattr(Student, "learn", watched)
+    learner.update()
+    assert ended, "no trace is shorter than another: the test sees nothing"
 
 
 def shares(learner: ImitationLearner, monkeypatch: pytest.MonkeyPatch, updates: int) -> list[float]:

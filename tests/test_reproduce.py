@@ -153,7 +153,27 @@ def test_the_plan_measures_everything_that_is_claimed(tmp_path: Path) -> None:
     for learner in claims.LEARNERS:
         assert {f"{learner}-{seed}" for seed in range(5)} <= set(names)
     assert set(attention_free()) == {"random", "random-prompt", "streaming", "knorm", "keydiff", "lagkv"}
-    assert {f"test-{name}-0" for name in (*heuristics(), "golden", "golden-expected", "full")} <= set(names)
+    tested = "-".join(name for name in names if name.startswith("test-"))
+    for name in (*heuristics(), *claims.LEARNERS, "ppo-initial", "kvp-recall", "golden", "golden-expected", "full"):
+        assert f"-{name}-0" in tested
+
+
+def test_measurements_are_done_once_and_judged_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def evaluated(policies: dict[str, object], *args: object, **options: object) -> list[list[Row]]:
+        calls.append(list(policies))
+        return [[replace(ROW, policy=label) for label in policies]]
+
+    monkeypatch.setattr(claims, "evaluate_policies", evaluated)
+    plan, args = Plan(tmp_path, Size(seeds=(0, 1))), claims.evaluate.Args(traces=("recall",))
+    for contestants in (["grpo", "random"], ["grpo", "random", "h2o"]):
+        group = [claims.Contestant(name, "random", int(name == "grpo")) for name in contestants]
+        paths = [tmp_path / "rows" / f"test-{one.name}-{one.seed}.json" for one in group]
+        claims.measure(args, group, paths, tmp_path / "done")
+    assert calls == [["grpo-1", "random-0"], ["h2o-0"]]
+    assert [(row.policy, row.seed) for row in plan.rows("test")] == [("grpo", 1), ("h2o", 0), ("random", 0)]
+    assert {row.policy for row in Plan(tmp_path, Size(seeds=(0,))).rows("test")} == {"h2o", "random"}
 
 
 def test_a_directory_goes_on_with_more_seeds_but_no_other_numbers(tmp_path: Path) -> None:
@@ -198,7 +218,7 @@ def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     size += ["--expected-traces", "1", "--long-traces", "1", "--store-traces", "8", "--updates", "1", "1", "1", "1"]
     for _ in range(2):
         reproduce.main(["claims", "--out", str(tmp_path / "out"), "--ship", *size])
-    assert len(done) == len(set(done)) > 30, "a job was done twice"
+    assert len(done) == len(set(done)) > 20, "a job was done twice"
     found = json.loads((tmp_path / "out/claims.json").read_text())
     assert [claim["name"] for claim in found["claims"]][:3] == ["Half the budget", "RL adds to SL", "Gap closed"]
     assert "## Gap closed" in (tmp_path / "out/claims.md").read_text()
