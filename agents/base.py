@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,11 @@ def needed(state: LayerState, field: str) -> Tensor:
             " (`future` and `expected_future` exist only where the trace is known)"
         )
     return value
+
+
+def encoded(policy: Any, state: LayerState) -> Tensor:
+    """Return what a policy's ``encode`` says of a state's pairs: what the cache kept of it, or made anew."""
+    return policy.encode(state) if state.encoded is None else state.encoded
 
 
 def precise(x: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from agents.base import Policy, precise
-from kvenv.state import LayerState
+from agents.base import Policy, encoded, precise
+from kvenv.state import LayerState, Pairs
 
 
 class KeyDiff(Policy):
@@ -22,9 +22,13 @@ class KeyDiff(Policy):
 
     name = "keydiff"
 
+    def encode(self, pairs: Pairs) -> Tensor:
+        """Return the directions (N, H, C, D) of keys."""
+        return F.normalize(precise(pairs.keys), dim=-1)
+
     def __call__(self, state: LayerState) -> Tensor:
         """Return priorities (N, H, C)."""
-        directions = F.normalize(precise(state.keys), dim=-1)
+        directions = encoded(self, state)
         # A cosine does not change with the anchor's length: the sum serves as the mean.
-        anchor = directions.masked_fill(~state.filled[..., None], 0).sum(2, keepdim=True)
-        return -(directions * F.normalize(anchor, dim=-1)).sum(-1)
+        anchor = F.normalize(state.filled[..., None, :].to(directions.dtype) @ directions, dim=-1)
+        return -(directions @ anchor.transpose(-1, -2)).squeeze(-1)

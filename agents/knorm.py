@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from agents.base import Policy, precise
-from kvenv.state import LayerState
+from agents.base import Policy, encoded, precise
+from kvenv.state import LayerState, Pairs
 
 
 class KNorm(Policy):
@@ -20,6 +20,10 @@ class KNorm(Policy):
 
     name = "knorm"
 
+    def encode(self, pairs: Pairs) -> Tensor:
+        """Return the priorities (N, H, C, 1) of pairs, which depend on nothing else."""
+        return -precise(pairs.keys).norm(dim=-1, keepdim=True)
+
     def __call__(self, state: LayerState) -> Tensor:
         """Return priorities (N, H, C)."""
-        return -precise(state.keys).norm(dim=-1)
+        return encoded(self, state).squeeze(-1)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agents.base import Policy
+from agents.base import Policy, encoded
 from agents.head_networks import HeadLinear, HeadNorm
 from agents.policy_files import read_policy, write_policy
-from kvenv.features import PLACES, log_norms, places
+from kvenv.features import PLACES, log_norms, place
 from kvenv.rotary import Rotary
-from kvenv.state import LayerState
+from kvenv.state import LayerState, Pairs
 
 
 class KVPScorer(nn.Module):
@@ -97,18 +97,36 @@ class KVPScorer(nn.Module):
         Tensor (N, L, H, C), or (N, H, C)
             Higher means keep.
         """
+        return self.finish(self.begin(keys, values, positions, layer), ages, layer)
+
+    def begin(self, keys: Tensor, values: Tensor, positions: Tensor, layer: int | None = None) -> Tensor:
+        """Return what goes into the first hidden layer (..., C, hidden) but for the ages, the only thing that changes.
+
+        Parameters are those of :meth:`forward`.
+        """
         at = slice(None) if layer is None else layer
         norms = (log_norms(keys, values) - self.mean[at]) / self.deviation[at]
         turned = Rotary(self.inv_freq).rotate(keys.float(), -positions)
-        embedded = [
-            self.key_norm(self.key(turned, at), at),
-            self.value_norm(self.value(values.float(), at), at),
-        ]
-        where = places(positions, ages).expand(*keys.shape[:-1], PLACES)
-        x = torch.cat([*embedded, norms, where], dim=-1)
-        x = F.silu(self.first_norm(self.first(x, at), at))
+        key, value = self.key_norm(self.key(turned, at), at), self.value_norm(self.value(values.float(), at), at)
+        where = place(positions).expand(*keys.shape[:-1], -1)
+        fixed, _ = self._columns()
+        return (
+            torch.cat([key, value, norms, where], dim=-1) @ self.first.weight[at][..., fixed, :] + self.first.bias[at]
+        )
+
+    def finish(self, begun: Tensor, ages: Tensor, layer: int | None = None) -> Tensor:
+        """Return the scores of pairs by what :meth:`begin` returned of them and their ages (..., C)."""
+        at = slice(None) if layer is None else layer
+        _, changing = self._columns()
+        x = begun + place(ages) @ self.first.weight[at][..., changing, :]
+        x = F.silu(self.first_norm(x, at))
         x = F.silu(self.second_norm(self.second(x, at), at))
         return self.last(x, at).squeeze(-1)
+
+    def _columns(self) -> tuple[list[int], slice]:
+        """Return which inputs of the first hidden layer never change, and which do: position and age come in turn."""
+        where = 2 * self.shape[3] + 2
+        return [*range(where), *range(where, where + PLACES, 2)], slice(where + 1, None, 2)
 
 
 class KVPPolicy(Policy):
@@ -138,14 +156,25 @@ class KVPPolicy(Policy):
         ValueError
             If the model isn't of the shape that the scorer was built for.
         """
+        ages = state.next_position[:, None, None] - state.positions
+        return self.scorer.finish(encoded(self, state), ages, state.layer)
+
+    @torch.no_grad()
+    def encode(self, pairs: Pairs) -> Tensor:
+        """Return what the scorer computes once of every pair: (N, H, C, hidden).
+
+        Raises
+        ------
+        ValueError
+            If the model isn't of the shape that the scorer was built for.
+        """
         layers, heads, head_dim = self.scorer.shape[:3]
-        if state.layer >= layers or (heads, head_dim) != (state.keys.shape[1], state.keys.shape[-1]):
+        if pairs.layer >= layers or (heads, head_dim) != (pairs.keys.shape[1], pairs.keys.shape[-1]):
             raise ValueError(
                 f"policy {self.name!r} was trained for {layers} layers x {heads} KV heads of {head_dim} dimensions; "
-                f"layer {state.layer} of this model has {state.keys.shape[1]} heads of {state.keys.shape[-1]}"
+                f"layer {pairs.layer} of this model has {pairs.keys.shape[1]} heads of {pairs.keys.shape[-1]}"
             )
-        ages = state.next_position[:, None, None] - state.positions
-        return self.scorer(state.keys, state.values, state.positions, ages, state.layer)
+        return self.scorer.begin(pairs.keys, pairs.values, pairs.positions, pairs.layer)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``policy.json`` and ``policy.safetensors``."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from agents.base import Policy
 from agents.head_networks import At, HeadLinear, HeadNorm
 from agents.policy_files import read_policy, write_policy
 from kvenv.features import feature_set
-from kvenv.state import LayerState
+from kvenv.state import LayerState, Pairs
 
 Inputs = Literal["squashed", "standardised", "raw"]
 
@@ -130,11 +132,52 @@ class Scorer(nn.Module):
         at: At = slice(None) if layer is None else layer
         squashed = _asinh((features.float() - self.centre[at]) / self.scale[at])
         x = (squashed - self.mean[at]) / self.deviation[at]
+        return self.from_first(self.hidden[0](x, at), at)
+
+    def first_half(self, layer: int, columns: list[int], *, bias: bool) -> Half:
+        """Return the part of a layer's first hidden layer that some of the features' columns go into."""
+        first: Any = self.hidden[0]
+        scale, deviation = self.scale[layer][..., columns], self.deviation[layer][..., columns]
+        centre, mean = self.centre[layer][..., columns] / scale, self.mean[layer][..., columns] / deviation
+        weight = first.weight[layer][:, columns]
+        offset = -mean @ weight
+        weight = weight / deviation.transpose(-1, -2)
+        return Half(1 / scale, -centre, weight, offset + first.bias[layer] if bias else offset)
+
+    def from_first(self, x: Tensor, at: At) -> Tensor:
+        """Return scores from what the first hidden layer makes of the inputs, before its activation.
+
+        Parameters are those of :meth:`forward`, with hidden units instead of features.
+        """
         if not self.norms:
-            x = F.gelu(self.hidden[0](x, at))
-        for hidden, norm in zip(self.hidden, self.norms):
-            x = F.silu(norm(hidden(x, at), at))
+            x = F.gelu(x)
+        for number, norm in enumerate(self.norms):
+            x = F.silu(norm(self.hidden[number](x, at) if number else x, at))
         return (x @ self.last[at]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Half:
+    """A part of a first hidden layer: some columns of the features, standardised, times their weights.
+
+    Attributes
+    ----------
+    factor, offset : Tensor (H, 1, P)
+        What features are multiplied by, and what is added, before they are squashed.
+    weight : Tensor (H, P, hidden)
+        After that, the standardisation within.
+    bias : Tensor (H, 1, hidden)
+        Added to the product.
+    """
+
+    factor: Tensor
+    offset: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Map features (N, H, C, P) to (N, H, C, hidden)."""
+        return _asinh(torch.addcmul(self.offset, features, self.factor)) @ self.weight + self.bias
 
 
 class ScorerPolicy(Policy):
@@ -158,6 +201,7 @@ class ScorerPolicy(Policy):
         self.scorer, self.features, self.name, self.training = scorer, features, name, training or {}
         self._set = feature_set(features)
         self.needs = self._set.needs
+        self._changing: dict[int, Half] = {}
 
     @torch.no_grad()
     def __call__(self, state: LayerState) -> Tensor:
@@ -168,14 +212,45 @@ class ScorerPolicy(Policy):
         ValueError
             If the model isn't of the shape that the scorer was built for.
         """
+        if state.encoded is not None and self._set.split is not None:
+            changing = self._changing[state.layer](self._set.split.changing(state))
+            return self.scorer.from_first(state.encoded + changing, state.layer)
         features = self._set.compute(state)
-        layers, heads, width = self.scorer.shape[:3]
-        if state.layer >= layers or features.shape[1] != heads or features.shape[-1] != width:
-            raise ValueError(
-                f"policy {self.name!r} was trained for {layers} layers x {heads} KV heads with {width} features; "
-                f"layer {state.layer} of this model has {features.shape[1]} heads with {features.shape[-1]}"
-            )
+        self._check(state.layer, features.shape[1], features.shape[-1])
         return self.scorer(features, state.layer)
+
+    @property
+    def encode(self) -> Callable[[Pairs], Tensor] | None:
+        """What is computed once of every pair (:class:`kvenv.layerwise.Policy`); None if its features all change."""
+        return self._encode if self._set.split is not None else None
+
+    @torch.no_grad()
+    def _encode(self, pairs: Pairs) -> Tensor:
+        """Return what pairs' fixed features (N, H, C, P) add to the first hidden layer: (N, H, C, hidden).
+
+        Raises
+        ------
+        ValueError
+            If the model isn't of the shape that the scorer was built for.
+        """
+        split, layer = self._set.split, pairs.layer
+        if split is None:
+            raise ValueError(f"features {self.features!r} have no part that never changes")
+        head_dim, width = pairs.keys.shape[-1], self._set.width(pairs.keys.shape[-1], pairs.groups)
+        self._check(layer, pairs.keys.shape[1], width)
+        columns = split.columns(head_dim, pairs.groups)
+        others = [column for column in range(width) if column not in columns]
+        self._changing[layer] = self.scorer.first_half(layer, others, bias=False)
+        return self.scorer.first_half(layer, columns, bias=True)(split.fixed(pairs))
+
+    def _check(self, layer: int, heads: int, width: int) -> None:
+        """Refuse a model of another shape."""
+        known = self.scorer.shape
+        if layer >= known[0] or (heads, width) != known[1:3]:
+            raise ValueError(
+                f"policy {self.name!r} was trained for {known[0]} layers x {known[1]} KV heads with {known[2]} "
+                f"features; layer {layer} of this model has {heads} heads with {width}"
+            )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``policy.json`` and ``policy.safetensors``."""

@@ -14,7 +14,7 @@ from kvenv import noise
 from kvenv.attention import BEYOND, HandedCache, attend_block, attention_probabilities, causal_bias
 from kvenv.ranking import evict, eviction_order
 from kvenv.rotary import Rotary
-from kvenv.state import NEEDS, LayerState, Protection
+from kvenv.state import NEEDS, LayerState, Pairs, Protection
 from kvenv.statistics import QueryMoments, WindowStatistics, newest
 from kvenv.windows import Window, cut
 
@@ -130,6 +130,8 @@ class EvictingCache(HandedCache):
         self.future: FutureAttention | None = None
         self.expected_future: FutureAttention | None = None
         self.on_eviction: Callable[[LayerState, Tensor, Tensor], None] | None = None
+        self._encode: Callable[[Pairs], Tensor] | None = getattr(policy, "encode", None)
+        self._encoded: list[Tensor | None] = [None] * self.num_layers
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, padding: Tensor | None
@@ -139,13 +141,14 @@ class EvictingCache(HandedCache):
             raise ValueError(f"the cache has {self.positions.shape[1]} rows, not the batch's {query.shape[0]}")
         if layer == 0:
             self._windows = self._cut(*self._expected(query, padding))
+        encoded = self._encode_new(layer, key, value) if self._encode else None
         query = query.unflatten(1, (self.kv_heads, self.groups))
         outputs = []
         for window in self._windows:
             if self.policy is not None and self.first_decision <= window.start <= self.last_decision:
                 self._decide(layer, window)
             columns = slice(window.start, window.stop)
-            self._insert(layer, key[:, :, columns], value[:, :, columns], window)
+            self._insert(layer, window, [x[:, :, columns] for x in (key, value, encoded) if x is not None])
             outputs.append(self._attend(layer, query[:, :, :, columns], window, scaling))
         if layer == self.num_layers - 1:
             self._advance()
@@ -175,6 +178,7 @@ class EvictingCache(HandedCache):
             keys=self.keys[layer],
             values=self.values[layer],
             positions=positions,
+            groups=self.groups,
             mask=self.protection.candidates(positions, upcoming, self.prompt_length),
             filled=positions >= 0,
             next_position=upcoming,
@@ -191,6 +195,7 @@ class EvictingCache(HandedCache):
             future=self.future.at(layer, positions, upcoming) if self.future else None,
             expected_future=self.expected_future.at(layer, positions, upcoming) if self.expected_future else None,
             noise=self._noise(layer, positions, upcoming) if "noise" in wanted else None,
+            encoded=self._encoded[layer],
         )
         return state
 
@@ -303,16 +308,32 @@ class EvictingCache(HandedCache):
         excess = (positions >= 0).sum(dim=-1) - self.budget[:, None]
         return excess.clamp(min=0) * active[:, None]
 
-    def _insert(self, layer: int, key: Tensor, value: Tensor, window: Window) -> None:
-        """Write a window's pairs to free slots of each head; padding lands in free slots that stay empty."""
+    def _encode_new(self, layer: int, key: Tensor, value: Tensor) -> Tensor | None:
+        """Return what the policy says of all pairs of a call (N, H, S, D), and make room for it in the slots."""
+        if self._encode is None:
+            return None
+        positions = torch.cat([window.positions for window in self._windows], dim=1)[:, None].expand(key.shape[:3])
+        encoded = self._encode(
+            Pairs(layer=layer, keys=key, values=value, positions=positions, groups=self.groups, rotary=self.rotary)
+        )
+        if self._encoded[layer] is None:
+            self._encoded[layer] = encoded.new_zeros(*self.positions.shape[1:], encoded.shape[-1])
+        return encoded
+
+    def _insert(self, layer: int, window: Window, new: list[Tensor]) -> None:
+        """Write a window's keys, values and what else there is of its pairs (N, H, S, ...) to free slots of each head.
+
+        Padding lands in free slots that stay empty.
+        """
         held = self.positions[layer]
         # A window wider than the cache is one that fills it: its first columns are padding of every row.
-        key, value, new = (x[:, :, -self.capacity :] for x in (key, value, window.held))
-        slots = (held >= 0).to(torch.int8).argsort(dim=-1, stable=True)[..., : key.shape[2]]
+        positions, *new = (x[:, :, -self.capacity :] for x in (window.held, *new))
+        slots = (held >= 0).to(torch.int8).argsort(dim=-1, stable=True)[..., : positions.shape[2]]
         where = (self._each_row, self._each_head, slots)
-        self.keys[layer].index_put_(where, key)
-        self.values[layer].index_put_(where, value)
-        held.scatter_(2, slots, new.expand(slots.shape))
+        for kept, x in zip((self.keys[layer], self.values[layer], self._encoded[layer]), new):
+            if kept is not None:
+                kept.index_put_(where, x)
+        held.scatter_(2, slots, positions.expand(slots.shape))
         if self.statistics is not None:
             self.statistics.forget(layer, slots)
 

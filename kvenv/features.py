@@ -11,7 +11,7 @@ from torch import Tensor
 from kvenv.cache import EvictingCache
 from kvenv.limits import observation_nbytes
 from kvenv.registry import FEATURES, register_features
-from kvenv.state import NEEDS, STATS, LayerState
+from kvenv.state import NEEDS, STATS, LayerState, Pairs
 
 Observation = dict[str, Tensor]
 """``features`` (N, L, H, C, F) float32, ``positions`` (N, L, H, C) int64, ``mask`` (N, L, H, C) int8."""
@@ -32,6 +32,26 @@ MEMORY_TABLE_MODELS = (
 
 
 @dataclass(frozen=True)
+class Split:
+    """A feature set in two parts, so that what a pair says once and for all is computed once.
+
+    Attributes
+    ----------
+    fixed : callable
+        Pairs -> Tensor (N, H, C, P) float32, what never changes while a pair is cached.
+    changing : callable
+        LayerState -> Tensor (N, H, C, F - P) float32, the rest.
+    columns : callable
+        (head_dim, queries_per_kv_head) -> the P columns of the feature set that are ``fixed``'s, in its order; the
+        others are ``changing``'s, in its order.
+    """
+
+    fixed: Callable[[Pairs], Tensor]
+    changing: Callable[[LayerState], Tensor]
+    columns: Callable[[int, int], list[int]]
+
+
+@dataclass(frozen=True)
 class FeatureSet:
     """A named map from a layer's state to features.
 
@@ -45,6 +65,8 @@ class FeatureSet:
         F, or a function of (head_dim, queries_per_kv_head) that returns it.
     needs : frozenset of str
         Optional parts of the state that ``fn`` reads, of :data:`OBSERVABLE`.
+    split : Split, optional
+        The same features in two parts.
 
     Raises
     ------
@@ -56,6 +78,7 @@ class FeatureSet:
     fn: Callable[[LayerState], Tensor]
     size: int | Callable[[int, int], int]
     needs: frozenset[str]
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.needs) - set(OBSERVABLE)
@@ -127,8 +150,7 @@ def kv(state: LayerState) -> Tensor:
 
 def foresight(state: LayerState) -> Tensor:
     """ForesightKV's view: key, value, eight attention statistics per query head; F = 2D + 8G (arXiv 2602.03203)."""
-    statistics = _needed(state).transpose(2, 3).flatten(3)
-    return torch.cat([state.keys.float(), state.values.float(), statistics.float()], dim=-1)
+    return torch.cat([state.keys.float(), state.values.float(), _by_query_head(state)], dim=-1)
 
 
 def stats(state: LayerState) -> Tensor:
@@ -137,7 +159,7 @@ def stats(state: LayerState) -> Tensor:
     Norms as log(1 + norm); position and age in tokens as log2(1 + x) / 16; attention statistics averaged over the
     group's query heads, as log(1 + C * mean attention per query), so that uniform attention over C slots gives log 2.
     """
-    age = state.next_position[:, None, None] - state.positions
+    age = _ages(state)
     places = [torch.log2(1 + x.clamp(min=0).float()) / 16 for x in (state.positions, age)]
     norms = [torch.log1p(x.float().norm(dim=-1)) for x in (state.keys, state.values)]
     attention = dict(zip(STATS, _needed(state).float().mean(dim=2).unbind(dim=-1), strict=True))
@@ -155,15 +177,20 @@ PLACES = 2 * (1 + 2 * OCTAVES)
 """Numbers that tell where a pair is."""
 
 
-def places(positions: Tensor, ages: Tensor) -> Tensor:
-    """Return features (..., PLACES) of order 1 of absolute positions and ages, both (...) in tokens.
+def place(x: Tensor) -> Tensor:
+    """Return features (..., PLACES / 2) of order 1 of a position or an age (...) in tokens.
 
-    Logarithms, so that twice the length is one step further and not another world, and their waves, so that a small
+    The logarithm, so that twice the length is one step further and not another world, and its waves, so that a small
     network can tell one step from the next.
     """
-    logs = torch.stack([torch.log2(1 + x.clamp(min=0).float()) / 8 for x in (positions, ages)], dim=-1)
-    angles = torch.cat([logs * (torch.pi * 2**octave) for octave in range(OCTAVES)], dim=-1)
-    return torch.cat([logs - 0.75, angles.sin(), angles.cos()], dim=-1)
+    log = (torch.log2(1 + x.clamp(min=0).float()) / 8)[..., None]
+    angles = log * (torch.pi * 2.0 ** torch.arange(OCTAVES, device=x.device))
+    return torch.cat([log - 0.75, angles.sin(), angles.cos()], dim=-1)
+
+
+def places(positions: Tensor, ages: Tensor) -> Tensor:
+    """Return the features (..., PLACES) of absolute positions and ages, in turn: see :func:`place`."""
+    return torch.stack([place(x) for x in torch.broadcast_tensors(positions, ages)], dim=-1).flatten(-2)
 
 
 def log_norms(keys: Tensor, values: Tensor) -> Tensor:
@@ -177,19 +204,50 @@ def pre_rope(state: LayerState) -> Tensor:
     F = 2D + 8G + 2 + :data:`PLACES`. What a rotated key says depends on where it stands; turned back to position 0 it
     says what the token is, and the places tell the rest.
     """
-    if state.rotary is None:
+    where = places(state.positions, _ages(state))
+    norms = log_norms(state.keys, state.values)
+    return torch.cat([_unrotated(state), state.values.float(), _by_query_head(state), norms, where], dim=-1)
+
+
+def _pre_rope_fixed(pairs: Pairs) -> Tensor:
+    norms = log_norms(pairs.keys, pairs.values)
+    return torch.cat([_unrotated(pairs), pairs.values.float(), norms, place(pairs.positions)], dim=-1)
+
+
+def _pre_rope_changing(state: LayerState) -> Tensor:
+    return torch.cat([_by_query_head(state), place(_ages(state))], dim=-1)
+
+
+def _pre_rope_columns(head_dim: int, groups: int) -> list[int]:
+    norms = 2 * head_dim + 8 * groups
+    return [*range(2 * head_dim), norms, norms + 1, *range(norms + 2, norms + 2 + PLACES, 2)]
+
+
+def _unrotated(pairs: Pairs) -> Tensor:
+    """Return keys (N, H, C, D) turned back to position 0."""
+    if pairs.rotary is None:
         raise ValueError("the features read state.rotary, which is None: take the state of a cache")
-    statistics = _needed(state).transpose(2, 3).flatten(3).float()
-    keys = state.rotary.unrotate(state.keys.float(), state.positions)
-    ages = state.next_position[:, None, None] - state.positions
-    where = places(state.positions, ages)
-    return torch.cat([keys, state.values.float(), statistics, log_norms(state.keys, state.values), where], dim=-1)
+    return pairs.rotary.unrotate(pairs.keys.float(), pairs.positions)
+
+
+def _ages(state: LayerState) -> Tensor:
+    """Return how many tokens ago (N, H, C) pairs were fed."""
+    return state.next_position[:, None, None] - state.positions
+
+
+def _by_query_head(state: LayerState) -> Tensor:
+    """Return the statistics (N, H, C, 8G) of every pair, query head by query head."""
+    return _needed(state).transpose(2, 3).flatten(3).float()
 
 
 register_features("kv", kv, lambda head_dim, groups: 2 * head_dim + 1)
 register_features("foresight", foresight, lambda head_dim, groups: 2 * head_dim + 8 * groups, frozenset({"stats"}))
 register_features(
-    "pre-rope", pre_rope, lambda head_dim, groups: 2 * head_dim + 8 * groups + 2 + PLACES, frozenset({"stats"})
+    "pre-rope",
+    pre_rope,
+    lambda head_dim, groups: 2 * head_dim + 8 * groups + 2 + PLACES,
+    frozenset({"stats"}),
+    Split(_pre_rope_fixed, _pre_rope_changing, _pre_rope_columns),
 )
 register_features("stats", stats, len(STATS_FEATURES), frozenset({"stats"}))
 

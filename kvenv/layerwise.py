@@ -25,7 +25,12 @@ from kvenv.traces import SCHEDULES, Trace
 
 
 class Policy(Protocol):
-    """What ranks cached pairs: see :mod:`kvenv.state`."""
+    """What ranks cached pairs: see :mod:`kvenv.state`.
+
+    A policy may have a method ``encode(pairs: kvenv.state.Pairs) -> Tensor (N, H, C, K)`` beside: what it computes of a
+    pair that never changes. It is called once for all new pairs of a forward call, and the decisions find the result in
+    ``state.encoded``, slot by slot; where that is None, the policy makes it from the state, which is a ``Pairs``.
+    """
 
     name: str
     needs: frozenset[str]

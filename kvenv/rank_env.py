@@ -268,5 +268,16 @@ def _state(trace: RecordedTrace, layer: int, cut: int) -> LayerState:
     filled = torch.ones_like(positions, dtype=torch.bool)
     now, none = torch.tensor([cut]), torch.tensor([0])
     return LayerState(
-        layer, keys, values, positions, filled, filled, now, none, now, trace.interval, rotary=trace.rotary
+        layer=layer,
+        keys=keys,
+        values=values,
+        positions=positions,
+        groups=1,  # no query was recorded
+        mask=filled,
+        filled=filled,
+        next_position=now,
+        prompt_length=none,
+        budget=now,
+        interval=trace.interval,
+        rotary=trace.rotary,
     )

@@ -61,7 +61,7 @@ class Registry(Generic[T]):
 MODELS: Registry[tuple[Any, Any]] = Registry("model", reserved=("tiny",))
 TRACES: Registry[Callable[..., Any]] = Registry("traces")
 REWARDS: Registry[Callable[..., Any]] = Registry("reward")
-FEATURES: Registry[tuple[Callable[..., Any], Any, frozenset[str]]] = Registry("features")
+FEATURES: Registry[tuple[Callable[..., Any], Any, frozenset[str], Any]] = Registry("features")
 
 
 def register_model(name: str, model: Any, tokenizer: Any = None) -> None:
@@ -107,7 +107,9 @@ def register_reward(name: str, fn: Callable[..., Any]) -> None:
     REWARDS.register(name, fn)
 
 
-def register_features(name: str, fn: Callable[..., Any], size: Any, needs: frozenset[str] = frozenset()) -> None:
+def register_features(
+    name: str, fn: Callable[..., Any], size: Any, needs: frozenset[str] = frozenset(), split: Any = None
+) -> None:
     """Make ``fn(kvenv.LayerState) -> tensor (N, H, C, F)`` usable as ``features=name``.
 
     Parameters
@@ -120,6 +122,8 @@ def register_features(name: str, fn: Callable[..., Any], size: Any, needs: froze
         F, or a function of the model's ``(head_dim, queries_per_kv_head)`` that returns it.
     needs : frozenset of str
         What ``fn`` reads of the optional fields of :class:`kvenv.LayerState`, of :data:`kvenv.features.OBSERVABLE`.
+    split : kvenv.features.Split, optional
+        The same features in two parts: what a pair says once and for all makes learned policies' rollouts faster.
 
     Raises
     ------
@@ -127,4 +131,4 @@ def register_features(name: str, fn: Callable[..., Any], size: Any, needs: froze
         If the name is taken.
     """
     import_module("kvenv.features")  # as for rewards
-    FEATURES.register(name, (fn, size, needs))
+    FEATURES.register(name, (fn, size, needs, split))

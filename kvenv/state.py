@@ -15,8 +15,34 @@ NEEDS = ("stats", "last_attention", "queries", "query_moments", "future", "expec
 """The optional parts of a :class:`LayerState`: a policy names in ``needs`` what it reads, nothing else is computed."""
 
 
-@dataclass(frozen=True)
-class LayerState:
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """What of a layer's pairs never changes: C new ones, or those in C slots.
+
+    Attributes
+    ----------
+    layer : int
+        Index of the layer.
+    keys, values : Tensor (N, H, C, D)
+        The pairs; keys carry the rotary phase of their absolute position. Empty slots hold garbage.
+    positions : Tensor (N, H, C) int64
+        Absolute position of each pair, -1 where the slot is empty; anything where padding.
+    groups : int
+        G, query heads per KV head.
+    rotary : Rotary or None
+        The LLM's rotary embedding, which turns keys back to position 0 and queries anywhere.
+    """
+
+    layer: int
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    groups: int
+    rotary: Rotary | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerState(Pairs):
     """One layer's cache at a decision.
 
     Shapes: N rows (traces), H KV heads, G query heads per KV head, C slots, D head dimension, W interval. The slot
@@ -24,12 +50,8 @@ class LayerState:
 
     Attributes
     ----------
-    layer : int
-        Index of the layer.
-    keys, values : Tensor (N, H, C, D)
-        Cached pairs; keys carry the rotary phase of their absolute position. Empty slots hold garbage.
-    positions : Tensor (N, H, C) int64
-        Absolute position of each pair, -1 where the slot is empty.
+    layer, keys, values, positions, groups, rotary
+        The cached pairs, see :class:`Pairs`.
     mask : Tensor (N, H, C) bool
         True for candidates: filled and not protected.
     filled : Tensor (N, H, C) bool
@@ -48,8 +70,6 @@ class LayerState:
         Attention probabilities of the newest query.
     queries : Tensor (N, H, G, W, D) or None
         The last window's rotated queries; ``query_valid`` (N, W) bool says which columns exist.
-    rotary : Rotary or None
-        The LLM's rotary embedding, which turns keys back to position 0 and queries anywhere.
     query_mean, query_cov : Tensor (N, H, G, D) and (N, H, G, D, D), or None
         Moments of all queries so far, rotated back to position 0.
     future : Tensor (N, H, C) or None
@@ -58,12 +78,11 @@ class LayerState:
         The same, averaged over resampled continuations of the prefix.
     noise : Tensor (N, H, C) or None
         Counter-based uniform noise in (0, 1): a function of seed, rollout, layer, head, window and position.
+    encoded : Tensor (N, H, C, K) or None
+        What the policy's ``encode`` returned of each pair when it was cached; None where the policy has none, or isn't
+        the cache's own (:class:`kvenv.layerwise.Policy`).
     """
 
-    layer: int
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
     mask: Tensor
     filled: Tensor
     next_position: Tensor
@@ -76,10 +95,10 @@ class LayerState:
     query_valid: Tensor | None = None
     query_mean: Tensor | None = None
     query_cov: Tensor | None = None
-    rotary: Rotary | None = None
     future: Tensor | None = None
     expected_future: Tensor | None = None
     noise: Tensor | None = None
+    encoded: Tensor | None = None
 
 
 def check_integer(name: str, value: object, least: int) -> None:

@@ -74,6 +74,7 @@ def random_state(
         keys=normal(*per_slot, size),
         values=normal(*per_slot, size),
         positions=positions,
+        groups=group,
         mask=protection.candidates(positions, next_position, prompt_length),
         filled=positions >= 0,
         next_position=next_position,
