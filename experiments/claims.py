@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from agents.ppo import PPOConfig
 from experiments import evaluate, record
 from experiments.jobs import Job
 from experiments.learners import GRPO, KVP, PPO, DecodingArgs, Imitation, LearnerArgs, PaidArgs, RolloutArgs, RunArgs
-from experiments.runs import CONFIG, POLICY
+from experiments.runs import CONFIG, POLICY, changed, read_config, to_json
 from experiments.train import train
 from kvenv.evaluation import FULL, Row
 from kvenv.evaluation import evaluate as evaluate_policies
@@ -124,21 +124,25 @@ class Plan:
         self.out, self.size = out, size
 
     def begin(self) -> None:
-        """Write down how much is measured, so that a second call goes on with the same, or with more seeds.
+        """Write down how much is trained and measured, so that a second call goes on with it, or with more seeds.
 
         Raises
         ------
         ValueError
-            If the directory holds what was trained or measured with other numbers.
+            If the directory holds what was trained or measured with other numbers or hyper-parameters.
         """
-        path, size = self.out / "size.json", json.loads(json.dumps(asdict(self.size)))
-        begun = json.loads(path.read_text()) if path.exists() else size
-        for name, value in size.items():
-            if name != "seeds" and begun.get(name) != value:
-                raise ValueError(
-                    f"{name} {value} is not what {self.out} was begun with, {begun.get(name)}: choose another --out"
-                )
-        write_atomic(path, json.dumps(size, indent=1) + "\n")
+        path, terms = self.out / "size.json", self._terms()
+        if not path.exists() and (self.out / "done").exists():
+            raise ValueError(f"{self.out} holds results of unknown size: choose another --out")
+        begun = json.loads(path.read_text()) if path.exists() else terms
+        for name, (was, now) in changed(begun, terms).items():
+            if name != "seeds":
+                raise ValueError(f"{name} {now} is not what {self.out} was begun with, {was}: choose another --out")
+        write_atomic(path, json.dumps(terms, indent=1) + "\n")
+
+    def commits(self) -> list[str]:
+        """Return the commits that the trainings were begun at."""
+        return sorted({str(read_config(path.parent)["commit"]) for path in (self.out / "runs").glob(f"*/{CONFIG}")})
 
     def run(self, learner: str, seed: int) -> Path:
         """Return the directory of a training."""
@@ -184,6 +188,16 @@ class Plan:
         learner_ppo = PPOConfig(updates=ppo, budgets=size.trained_budgets, seed=seed)
         run = RunArgs(eval_every=max(1, ppo // 10), save_every=10, **kept)
         return PPO(PaidArgs(budget=max(size.trained_budgets)), learner_ppo, run)
+
+    def _terms(self) -> dict[str, Any]:
+        """Return the numbers and hyper-parameters that everything is trained and measured with."""
+        terms: dict[str, Any] = to_json(self.size)
+        for learner in LEARNERS:
+            args = self.arguments(learner, 0)
+            terms[learner] = {"env": to_json(args.env), "learner": to_json(args.learner)}
+            # A path of this directory, which may lie anywhere.
+            terms[learner]["learner"].pop("init", None)
+        return terms
 
     def _store(self, name: str, traces: str, length: int = 512) -> Job:
         count = self.size.store_traces if name in ("all", "short") else self.size.store_traces // 2

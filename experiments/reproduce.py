@@ -91,10 +91,11 @@ def markdown(claims: Sequence[Claim], plan: Plan, made: dict[str, Any]) -> str:
     lines = [
         "# What was claimed, and what was found",
         "",
-        f"`{made['command']}`, {made['date']}, commit {made['commit']}: training seeds {_listed(size.seeds)}, "
+        f"`{made['command']}`, {made['date']}, commit {made['commit']}, trained at {', '.join(made['trained_at'])}: "
+        f"training seeds {_listed(size.seeds)}, "
         f"{size.num_traces} test traces of each family, budgets {_listed(size.budgets)} of 512 tokens. The best of a "
         f"kind was chosen on {size.validation_traces} validation traces of each family and seed. Answer loss in nats, "
-        "differences with paired 95 % intervals (traces, then seeds).",
+        "differences with paired 95 % intervals (bootstrap over traces and training seeds).",
         "",
         f"That took {sum(spent.values()) / 60:.1f} hours of one core, validation during training left out: "
         f"{', '.join(f'{kind} {value:.0f} min' for kind, value in spent.items())}.",
@@ -151,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "command": " ".join(["python -m experiments.reproduce", *(sys.argv[1:] if argv is None else argv)]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit(),
+        "trained_at": plan.commits(),
         "size": asdict(args.size),
         "minutes": minutes(plan, read_times(args.out / "times.json")),
     }

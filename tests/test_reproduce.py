@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import agents
+from agents.imitation import ImitationConfig
 from experiments import claims, reproduce, verdicts
 from experiments.claims import Plan, Size, attention_free, heuristics
 from experiments.verdicts import Chosen, Measured
@@ -176,11 +178,20 @@ def test_measurements_are_done_once_and_judged_by_seed(tmp_path: Path, monkeypat
     assert {row.policy for row in Plan(tmp_path, Size(seeds=(0,))).rows("test")} == {"h2o", "random"}
 
 
-def test_a_directory_goes_on_with_more_seeds_but_no_other_numbers(tmp_path: Path) -> None:
+def test_a_directory_goes_on_with_more_seeds_but_no_other_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Plan(tmp_path, Size(seeds=(0,), num_traces=64)).begin()
     Plan(tmp_path, Size(seeds=(0, 1), num_traces=64)).begin()
     with pytest.raises(ValueError, match=r"num_traces 200 is not what .* was begun with, 64: choose another --out"):
         Plan(tmp_path, Size()).begin()
+    monkeypatch.setattr(claims, "ImitationConfig", partial(ImitationConfig, power=1.0))
+    with pytest.raises(ValueError, match=r"power 1\.0 is not what .* was begun with, 3\.0"):
+        Plan(tmp_path, Size(seeds=(0,), num_traces=64)).begin()
+    (tmp_path / "size.json").unlink()
+    (tmp_path / "done").mkdir()
+    with pytest.raises(ValueError, match="results of unknown size"):
+        Plan(tmp_path, Size(seeds=(0,), num_traces=64)).begin()
 
 
 @pytest.mark.slow
