@@ -24,15 +24,13 @@ from torch import Tensor
 import agents
 from agents.base import Policy
 from agents.checkpoint import optimizer_state, restore_optimizer
+from agents.episodes import CALIBRATED_ON
 from agents.learner import Learner, State
 from agents.sb3_env import HeadVecEnv, Observation
 from agents.sb3_policy import KVRankingPolicy
 from agents.scorer import ScorerPolicy
 from kvenv.head_view import HeadView
 from kvenv.vector_env import KVEvictVectorEnv
-
-CALIBRATED_ON = 4
-"""Decisions of an episode that the scorer's input constants are taken from."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,10 @@ class PPOLearner(Learner):
         return self._actor.ranking_policy(self.env.features, self.name, training)
 
     def update(self) -> dict[str, float]:
-        """Play an episode in every row, learn from it, and return the metrics."""
+        """Play as many decisions as the smallest budget's episodes have, learn from them, and return the metrics.
+
+        Rows of larger budgets are at their end sooner and begin another episode, at the environment's budget.
+        """
         began, in_env, stopwatch = time.perf_counter(), self.rows.seconds, Stopwatch()
         with self._seeded():
             self._begin()
@@ -191,8 +192,7 @@ class PPOLearner(Learner):
         ValueError
             If the state is of another learner or other shapes.
         """
-        if state.values.get("learner") != self.name:
-            raise ValueError(f"the state is of learner {state.values.get('learner')!r}, not {self.name!r}")
+        self.check(state)
         prefix = "policy."
         weights = {key.removeprefix(prefix): x for key, x in state.tensors.items() if key.startswith(prefix)}
         try:

@@ -162,7 +162,7 @@ class KVRankingPolicy(ActorCriticPolicy):
         """
         if policy.scorer.shape != self.scorer.shape:
             raise ValueError(
-                f"policy {policy.name!r} has a scorer of layers, heads, features, hidden units {policy.scorer.shape}: "
+                f"policy {policy.name!r} has a scorer of layers, heads, features, hidden units, depth {policy.scorer.shape}: "
                 f"this one's are {self.scorer.shape}"
             )
         self.scorer.load_state_dict(policy.scorer.state_dict())
