@@ -162,8 +162,8 @@ class KVRankingPolicy(ActorCriticPolicy):
         """
         if policy.scorer.shape != self.scorer.shape:
             raise ValueError(
-                f"policy {policy.name!r} has a scorer of layers, heads, features, hidden units, depth {policy.scorer.shape}: "
-                f"this one's are {self.scorer.shape}"
+                f"policy {policy.name!r} has a scorer of layers, heads, features, hidden units and depth "
+                f"{policy.scorer.shape}: this one's are {self.scorer.shape}"
             )
         self.scorer.load_state_dict(policy.scorer.state_dict())
         with torch.no_grad():

@@ -205,6 +205,13 @@ def test_a_restored_learner_never_stopped(store: Path, tmp_path: Path) -> None:
         assert torch.equal(tensor, second.tensors[name]), name
 
 
+def test_a_store_that_grew_is_refused(store: Path) -> None:
+    state = learner(store).state()
+    state.values["store"] += 1
+    with pytest.raises(ValueError, match="the store has 8 traces, the run learnt from 9"):
+        learner(store).restore(state)
+
+
 def test_a_state_is_a_copy_and_foreign_ones_are_refused(store: Path) -> None:
     agent = learner(store)
     agent.update()
@@ -298,6 +305,10 @@ def test_positions_beyond_training_are_close_to_those_within() -> None:
         ({"samples": 1}, "nothing to be compared with"),
         ({"group": "batch", "credit": "ranking", "samples": 1, "batch_size": 1}, "nothing to be compared with"),
         ({"group": "batch", "credit": "budget"}, "choose group 'trace'"),
+        ({"hidden": 0}, "hidden 0 is impossible: it must be at least 1"),
+        ({"embedding": -1}, "embedding -1 is impossible"),
+        ({"power": 0.0}, r"power 0\.0 is impossible: it must be positive"),
+        ({"ema": 1.0}, r"ema 1\.0 is impossible"),
     ],
 )
 def test_impossible_hyper_parameters_are_refused(store: Path, changes: dict[str, object], message: str) -> None:

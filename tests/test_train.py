@@ -260,6 +260,20 @@ def test_presets_are_defaults_that_options_override() -> None:
         train.parse(["imitation", "--preset=kvp"])
 
 
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        (["grpo", "--init", "imitation-tiny", "--budgets", "600"], "with budget 600 and interval 16 it needs"),
+        (["imitation", "--eval-budgets", "600"], "with budget 600 and interval 16 it needs"),
+        (["imitation", "--budgets", "8"], r"budget 8 is less than the protected pairs, sinks 4 \+ recent 16"),
+    ],
+)
+def test_what_is_impossible_leaves_no_run_behind(tmp_path: Path, others: list[str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        train.main([*others, "--num-traces", "1", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     for name in train.LEARNERS:
         with pytest.raises(SystemExit):
