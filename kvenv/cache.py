@@ -109,6 +109,7 @@ class EvictingCache(HandedCache):
         self.precise = torch.promote_types(model.dtype, torch.float32)
         self._each_row = torch.arange(rows, device=device)[:, None, None]
         self._each_head = torch.arange(self.kv_heads, device=device)[:, None]
+        self._empty = torch.arange(-capacity, 0, device=device)
         self._windows: list[Window] = []
         self.statistics = (
             WindowStatistics(shape, self.groups, self.precise, device)
@@ -328,7 +329,8 @@ class EvictingCache(HandedCache):
         held = self.positions[layer]
         # A window wider than the cache is one that fills it: its first columns are padding of every row.
         positions, *new = (x[:, :, -self.capacity :] for x in (window.held, *new))
-        slots = (held >= 0).to(torch.int8).argsort(dim=-1, stable=True)[..., : positions.shape[2]]
+        # The slots that hold the least, of which empty ones are told apart, so that the choice is always the same.
+        slots = torch.where(held < 0, self._empty, held).topk(positions.shape[2], largest=False).indices
         where = (self._each_row, self._each_head, slots)
         for kept, x in zip((self.keys[layer], self.values[layer], self._encoded[layer]), new):
             if kept is not None:

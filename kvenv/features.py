@@ -89,8 +89,15 @@ class FeatureSet:
         """Return F for a model with that head dimension D and G query heads per KV head."""
         return self.size if isinstance(self.size, int) else self.size(head_dim, groups)
 
-    def compute(self, state: LayerState) -> Tensor:
+    def compute(self, state: LayerState, out: Tensor | None = None) -> Tensor:
         """Return one layer's features (N, H, C, F) float32, zero in empty slots.
+
+        Parameters
+        ----------
+        state : LayerState
+            The layer's state.
+        out : Tensor (N, H, C, F) float32, optional
+            Where to write them.
 
         Raises
         ------
@@ -103,8 +110,15 @@ class FeatureSet:
                 f"features {self.name!r} returned {_describe(features)}: a tensor of shape "
                 f"{tuple(state.positions.shape)} and F (N, H, C, F) was expected"
             )
+        if out is not None and features.shape != out.shape:
+            raise ValueError(
+                f"features {self.name!r} returned {features.shape[-1]} numbers per slot: they were registered with "
+                f"size {out.shape[-1]}"
+            )
         # All bits of an empty slot's features to 0, whatever they are: a selection takes a CPU four times as long.
-        return (features.float().view(torch.int32) & -state.filled[..., None].int()).view(torch.float32)
+        kept, bits = -state.filled[..., None].int(), features.float().view(torch.int32)
+        zeroed = torch.bitwise_and(bits, kept, out=None if out is None else out.view(torch.int32))
+        return zeroed.view(torch.float32)
 
     def observe(self, cache: EvictingCache) -> Observation:
         """Return the observation of every row of a cache; it shares no memory with the cache.
@@ -118,13 +132,7 @@ class FeatureSet:
         width = self.width(cache.head_dim, cache.groups)
         features = torch.empty(rows, layers, heads, slots, width, device=cache.positions.device)
         for layer in range(layers):
-            computed = self.compute(cache.layer_state(layer, needs=self.needs))
-            if computed.shape[-1] != width:
-                raise ValueError(
-                    f"features {self.name!r} returned {computed.shape[-1]} numbers per slot: they were registered with "
-                    f"size {width}"
-                )
-            features[:, layer] = computed
+            self.compute(cache.layer_state(layer, needs=self.needs), out=features[:, layer])
         return {
             "features": features,
             "positions": cache.positions.transpose(0, 1).clone(memory_format=torch.contiguous_format),
