@@ -221,7 +221,7 @@ class EvictingCache(HandedCache):
         Tensor (L, N, H, E) int64
             Evicted positions in order, -1 beyond each head's count.
         """
-        order = eviction_order(priorities, self.positions, self.candidates())
+        order = eviction_order(priorities, self.positions, self.candidates(), at_most)
         return evict(self.positions, order, self._excess(self.positions, active), at_most)
 
     def row_tensors(self) -> dict[str, tuple[Tensor, int]]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LAST = torch.iinfo(torch.int64).max
+"""Sorts behind every candidate."""
 
-def eviction_order(priorities: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+
+def eviction_order(priorities: Tensor, positions: Tensor, mask: Tensor, first: int | None = None) -> Tensor:
     """Return the slots in the order in which they would be evicted.
 
     Candidates come first, lowest priority first, ties older first; the other slots follow in no useful order.
@@ -19,16 +22,27 @@ def eviction_order(priorities: Tensor, positions: Tensor, mask: Tensor) -> Tenso
         Absolute positions, the tie-break.
     mask : Tensor (..., C) bool
         True for candidates.
+    first : int, optional
+        How many are asked for; all if not given.
 
     Returns
     -------
-    Tensor (..., C) int64
+    Tensor (..., first or C) int64
         Slot indices.
     """
-    by_age = torch.where(mask, positions, torch.iinfo(positions.dtype).max).argsort(dim=-1, stable=True)
-    ranked = torch.where(mask, priorities, torch.inf).gather(-1, by_age)
-    # A candidate's +inf must still go before every non-candidate: those are last in by_age and the sort is stable.
-    return by_age.gather(-1, ranked.argsort(dim=-1, stable=True))
+    if priorities.dtype == torch.float64:  # leaves no room for the position in one number
+        by_age = torch.where(mask, positions, LAST).argsort(dim=-1, stable=True)
+        # A candidate's +inf must still go before the others: those are last by age and the sort is stable.
+        ranked = torch.where(mask, priorities, torch.inf).gather(-1, by_age).argsort(dim=-1, stable=True)
+        return by_age.gather(-1, ranked)[..., :first]
+    keys = torch.where(mask, (_ascending(priorities.float()) << 32) + positions, LAST)
+    return keys.argsort(dim=-1) if first is None else keys.topk(first, largest=False).indices
+
+
+def _ascending(x: Tensor) -> Tensor:
+    """Return int64 in the order of float32, 0.0 and -0.0 alike: the bits, those of negative numbers turned round."""
+    bits = (x + 0.0).view(torch.int32)
+    return (bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)).long()
 
 
 def action_from_order(order: Tensor, mask: Tensor) -> Tensor:

@@ -22,15 +22,26 @@ def heads(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return priorities, positions, torch.tensor(wanted) & (positions >= 0)
 
 
-@given(heads())
-def test_candidates_go_lowest_first_and_ties_older_first(head: tuple) -> None:
+@given(heads(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.integers(1, 12))
+def test_candidates_go_lowest_first_and_ties_older_first(head: tuple, dtype: torch.dtype, first: int) -> None:
     priorities, positions, mask = head
+    priorities, first = priorities.to(dtype), min(first, mask.shape[1])
     order = eviction_order(priorities, positions, mask)
+    asked = eviction_order(priorities, positions, mask, first)
     for row in range(3):
+        count = min(first, int(mask[row].sum()))
+        assert torch.equal(asked[row, :count], order[row, :count])
         candidates = [slot for slot in range(mask.shape[1]) if mask[row, slot]]
         expected = sorted(candidates, key=lambda slot: (float(priorities[row, slot]), int(positions[row, slot])))
         assert order[row, : len(candidates)].tolist() == expected
         assert sorted(order[row].tolist()) == list(range(mask.shape[1])), "every slot once"
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20))
+def test_any_float32_keeps_its_place(numbers: list[float]) -> None:
+    priorities, positions = torch.tensor([numbers]), torch.arange(len(numbers))[None]
+    order = eviction_order(priorities, positions, torch.ones_like(positions, dtype=torch.bool))
+    assert torch.equal(order, priorities.argsort(dim=-1, stable=True))
 
 
 @given(heads())
