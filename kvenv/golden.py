@@ -150,8 +150,8 @@ class RecordingCache(WindowedCache):
 
     Attributes
     ----------
-    scores : list of Tensor (N, H, S / W, P + S)
-        Block score of every pair in each window, by layer.
+    scores : list of Tensor (N, H, S / W + 1, P + S)
+        Block score of every pair in each window, by layer; all zero behind the last window.
     """
 
     def __init__(
@@ -170,9 +170,9 @@ class RecordingCache(WindowedCache):
         self.scores: list[Tensor] = []
 
     def begin(self, layer: int, like: Tensor, windows: int) -> None:
-        """Append the layer's block scores."""
+        """Append the layer's block scores, of no window yet, and of one behind the last."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        self.scores.append(torch.zeros(*like.shape[:2], windows, like.shape[2], dtype=dtype, device=like.device))
+        self.scores.append(torch.zeros(*like.shape[:2], windows + 1, like.shape[2], dtype=dtype, device=like.device))
 
     def see(self, layer: int, window: int, probabilities: Tensor, valid: Tensor) -> None:
         """Keep the block scores of a window: over its valid queries and the group."""
@@ -184,14 +184,14 @@ class RecordingCache(WindowedCache):
         self.scores[layer][:, :, window, : score.shape[-1]] = score
 
     def future(self, pad: Tensor) -> FutureAttention:
-        """Return the utilities after the pass; the block scores are turned into them in place, layer by layer."""
-        utilities = []
-        for scores in self.scores:
-            backwards = scores.flip(2)
-            total = backwards.cummax(dim=2).values if self.reduce == "max" else backwards.cumsum(dim=2)
-            utilities.append(torch.nn.functional.pad(total.flip(2), (0, 0, 0, 1)))
+        """Return the utilities after the pass; the block scores are turned into them in place."""
+        add = torch.maximum if self.reduce == "max" else torch.add
+        utility = torch.stack(self.scores)
         self.scores = []
-        return FutureAttention(torch.stack(utilities), pad, self.interval)
+        by_window = utility.unbind(dim=3)
+        for earlier, later in zip(by_window[-2::-1], by_window[::-1]):
+            add(earlier, later, out=earlier)
+        return FutureAttention(utility, pad, self.interval)
 
 
 def future_attention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +15,7 @@ import torch
 from experiments.bench import SECTIONS, __main__, ranking
 from experiments.bench.machine import Machine
 from experiments.bench.measure import Row, alternate, compare
+from experiments.bench.memory import held, peak
 from experiments.bench.models import work
 from experiments.cli import run
 from tests.models import random_model
@@ -61,6 +62,18 @@ def test_the_sides_of_ranking_agree() -> None:
     assert set(ranking.sides(64, "cpu")) == {
         "sample", "sample pick by pick", "log-probability", "quadratic log-probability"
     }  # fmt: skip
+
+
+def allocating(megabytes: int) -> Callable[[], torch.Tensor]:
+    """Return a call that takes so much memory, and as much again that it gives back."""
+    return lambda: torch.ones(megabytes << 20, dtype=torch.int8) + torch.ones(1, dtype=torch.int8)
+
+
+def test_peak_memory_counts_the_result_and_what_was_given_back() -> None:
+    assert 190 < peak(allocating, 96, device="cpu") / 2**20 < 260
+    before = held("cpu")
+    kept = torch.ones(96 << 20, dtype=torch.int8)
+    assert 90 < (held("cpu") - before) / kept.nbytes * 96 < 110
 
 
 def section(name: str, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
