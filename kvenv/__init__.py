@@ -15,9 +15,9 @@ from kvenv.registry import register_features, register_model, register_reward, r
 from kvenv.traces import Trace, load_traces
 
 if TYPE_CHECKING:
-    from kvenv.cache import EvictingCache
     from kvenv.env import KVEvictEnv
     from kvenv.expert import GoldenExpert, policy_action
+    from kvenv.generation import EvictingCache, restore
     from kvenv.head_view import HeadView
     from kvenv.layerwise import rollout
     from kvenv.models import load_model
@@ -43,6 +43,7 @@ __all__ = [
     "register_model",
     "register_reward",
     "register_traces",
+    "restore",
     "rollout",
 ]
 
@@ -53,7 +54,7 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 # Public name -> the module that defines it, imported on first use.
 _LAZY = {
-    "EvictingCache": "kvenv.cache",
+    "EvictingCache": "kvenv.generation",
     "GoldenExpert": "kvenv.expert",
     "HeadView": "kvenv.head_view",
     "KVEvictEnv": "kvenv.env",
@@ -63,6 +64,7 @@ _LAZY = {
     "TraceStore": "kvenv.store",
     "load_model": "kvenv.models",
     "policy_action": "kvenv.expert",
+    "restore": "kvenv.generation",
     "rollout": "kvenv.layerwise",
 }
 

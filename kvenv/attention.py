@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -157,22 +158,47 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 
 
-def use_kvenv_attention(model: PreTrainedModel) -> None:
+_before: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+"""What models were on before they were switched."""
+
+
+def use_kvenv_attention(model: PreTrainedModel) -> bool:
     """Switch a model to kvenv's attention. Without a :class:`HandedCache` it goes on computing SDPA.
+
+    Returns
+    -------
+    bool
+        False if it was on it already.
 
     Raises
     ------
     ValueError
         If the model doesn't go through transformers' attention interface.
     """
-    if model.config._attn_implementation == NAME:
-        return
+    before = model.config._attn_implementation
+    if before == NAME:
+        return False
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise ValueError(
             f"model {type(model).__name__} doesn't go through transformers' attention interface: "
             "kvenv supports decoder-only models that do (Llama, Qwen2, Qwen3, Mistral, Phi3, ...)"
         )
+    _before[model] = before
+    return True
+
+
+def restore(model: PreTrainedModel) -> None:
+    """Switch a model back to the attention it was on before kvenv.
+
+    Raises
+    ------
+    ValueError
+        If kvenv didn't switch it.
+    """
+    if model not in _before or model.config._attn_implementation != NAME:
+        raise ValueError(f"model {type(model).__name__} wasn't switched to kvenv's attention: nothing is to be undone")
+    model.set_attn_implementation(_before.pop(model))
 
 
 BEYOND = float(1 << 24)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 _SLOT_AXIS = {"keys": 3, "values": 3, "positions": 3, "stats": 5, "last_attention": 4}
-"""Axis of the slots in those of :meth:`EvictingCache.row_tensors` that have one."""
+"""Axis of the slots in those of :meth:`SlotCache.row_tensors` that have one."""
 
 
-class EvictingCache(HandedCache):
+class SlotCache(HandedCache):
     """A cache of C slots per (layer, KV head) whose pairs are evicted between windows.
 
     It serves stepping (``policy=None``: the caller evicts between calls) and layer-by-layer rollouts (a policy: the
@@ -87,14 +87,9 @@ class EvictingCache(HandedCache):
             raise ValueError(f"needs names unknown {sorted(unknown)}: known are {', '.join(NEEDS)}")
         self.capacity, self.interval = capacity, interval
         self.protection = protection or Protection()
-        protected = self.protection.size(0)
-        if policy is not None and isinstance(budget, int) and budget < protected:
-            raise ValueError(
-                f"budget {budget} is less than the {protected} protected pairs (sinks {self.protection.sinks}, recent "
-                f"{self.protection.recent}): raise the budget or protect less"
-            )
+        if policy is not None and isinstance(budget, int):
+            self.protection.check(budget)
         self.policy = policy
-        self._spare = not isinstance(budget, int) or capacity > budget
         self.first_decision, self.last_decision = first_decision, last_decision
         device = model.device
         shape = (self.num_layers, rows, self.kv_heads, capacity)
@@ -141,15 +136,19 @@ class EvictingCache(HandedCache):
         if query.shape[0] != self.positions.shape[1]:
             raise ValueError(f"the cache has {self.positions.shape[1]} rows, not the batch's {query.shape[0]}")
         if layer == 0:
-            self._windows = self._cut(*self._expected(query, padding))
-        encoded = self._encode_new(layer, key, value) if self._encode else None
+            if self._fed is None:
+                raise ValueError(
+                    "a SlotCache is told what is fed (kvenv.decode.feed); to generate, take a kvenv.EvictingCache"
+                )
+            self._windows = self._cut(*self._fed)
+        encoded = self.encode(layer, key, value, self._windows)
         query = query.unflatten(1, (self.kv_heads, self.groups))
         outputs = []
         for window in self._windows:
             if self.policy is not None and self.first_decision <= window.start <= self.last_decision:
-                self._decide(layer, window)
+                self.decide(layer, window.next_position, window.active)
             columns = slice(window.start, window.stop)
-            self._insert(layer, window, [x[:, :, columns] for x in (key, value, encoded) if x is not None])
+            self.insert(layer, window, [x[:, :, columns] for x in (key, value, encoded) if x is not None])
             outputs.append(self._attend(layer, query[:, :, :, columns], window, scaling))
         if layer == self.num_layers - 1:
             self._advance()
@@ -200,6 +199,67 @@ class EvictingCache(HandedCache):
         )
         return state
 
+    def encode(self, layer: int, key: Tensor, value: Tensor, windows: Sequence[Window]) -> Tensor | None:
+        """Return what the policy says of all pairs of a call (N, H, S, K), and make room for it in the slots.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the layer.
+        key, value : Tensor (N, H, S, D)
+            New pairs.
+        windows : sequence of Window
+            The columns S in windows.
+
+        Returns
+        -------
+        Tensor (N, H, S, K) or None
+            None if the policy encodes nothing.
+        """
+        if self._encode is None:
+            return None
+        positions = torch.cat([window.positions for window in windows], dim=1)[:, None].expand(key.shape[:3])
+        encoded = self._encode(
+            Pairs(layer=layer, keys=key, values=value, positions=positions, groups=self.groups, rotary=self.rotary)
+        )
+        if self._encoded[layer] is None:
+            self._encoded[layer] = encoded.new_zeros(*self.positions.shape[1:], encoded.shape[-1])
+        return encoded
+
+    def decide(self, layer: int, next_position: Tensor, active: Tensor) -> None:
+        """Let the policy rank one layer's candidates and evict active rows (N,) down to their budgets."""
+        if self.policy is None:
+            return
+        state = self.layer_state(layer, next_position)
+        order = eviction_order(self.policy(state), state.positions, state.mask)
+        count = self._excess(state.positions, active)
+        if self.on_eviction is not None:
+            self.on_eviction(state, order, count)
+        evict(self.positions[layer], order, count, self.capacity)
+
+    def insert(self, layer: int, window: Window, new: list[Tensor]) -> None:
+        """Write a window's keys, values and what else there is of its pairs (N, H, S, ...) to free slots of each head.
+
+        Padding lands in free slots that stay empty.
+        """
+        held = self.positions[layer]
+        # A window wider than the cache is one that fills it: its first columns are padding of every row.
+        positions, *new = (x[:, :, -self.capacity :] for x in (window.held, *new))
+        # The slots that hold the least, of which empty ones are told apart, so that the choice is always the same.
+        slots = torch.where(held < 0, self._empty, held).topk(positions.shape[2], largest=False).indices
+        where = (self._each_row, self._each_head, slots)
+        for kept, x in zip((self.keys[layer], self.values[layer], self._encoded[layer]), new):
+            if kept is not None:
+                kept.index_put_(where, x)
+        held.scatter_(2, slots, positions.expand(slots.shape))
+        if self.statistics is not None:
+            self.statistics.forget(layer, slots)
+
+    def bias(self, layer: int, reach: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the additive mask (N, H, S, C) of queries at positions ``reach`` (N, 1, S, 1) over a layer's slots."""
+        held = self.positions[layer]
+        return causal_bias(reach, torch.where(held < 0, BEYOND, held.to(self.precise))[:, :, None], dtype)
+
     def candidates(self) -> Tensor:
         """Return the mask (L, N, H, C) of evictable slots."""
         return self.protection.candidates(self.positions, self.next_position, self.prompt_length)
@@ -244,7 +304,27 @@ class EvictingCache(HandedCache):
             tensors |= {"queries": (self.queries, 1), "query_valid": (self.query_valid, 0)}
         return tensors
 
-    def copy_rows(self, rows: Tensor, source: EvictingCache) -> None:
+    def resize(self, capacity: int) -> None:
+        """Take another number of slots, enough for what is cached; what a slot holds moves with it."""
+        kept = (self.positions < 0).to(torch.int8).argsort(dim=-1, stable=True)[..., :capacity]
+
+        def moved(x: Tensor, kept: Tensor, axis: int, empty: float = 0) -> Tensor:
+            apart = [1] * (axis + 1 - kept.dim()), [1] * (x.dim() - axis - 1)
+            shape, where = list(x.shape), kept.view(*kept.shape[:-1], *apart[0], -1, *apart[1])
+            shape[axis] = kept.shape[-1]
+            held = x.gather(axis, where.expand(shape))
+            shape[axis] = capacity - kept.shape[-1]
+            return torch.cat([held, held.new_full(shape, empty)], dim=axis)
+
+        self.keys, self.values = moved(self.keys, kept, 3), moved(self.values, kept, 3)
+        if self.statistics is not None:
+            self.statistics.values = moved(self.statistics.values, kept, 5)
+            self.statistics.last = moved(self.statistics.last, kept, 4)
+        self._encoded = [None if x is None else moved(x, own, 2) for x, own in zip(self._encoded, kept)]
+        self.positions = moved(self.positions, kept, 3, -1)
+        self.capacity, self._empty = capacity, torch.arange(-capacity, 0, device=self.positions.device)
+
+    def copy_rows(self, rows: Tensor, source: SlotCache) -> None:
         """Overwrite rows by those of another cache, which may have fewer slots: row ``rows[i]`` becomes its row i."""
         self.positions.index_fill_(1, rows, -1)
         given = source.row_tensors()
@@ -252,30 +332,6 @@ class EvictingCache(HandedCache):
             if name in _SLOT_AXIS:
                 target = target.narrow(_SLOT_AXIS[name], 0, source.capacity)
             target.index_copy_(axis, rows, given[name][0])
-
-    def _expected(self, query: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return positions and validity (N, S) of the columns of this call; generate doesn't announce them."""
-        if self._fed is None:
-            rows, columns = query.shape[0], query.shape[2]
-            if self.policy is not None and self.interval > 1:
-                # A window of generate's is one token: statistics and decisions would silently be those of interval 1.
-                raise ValueError(f"generate evicts before every token: give the cache interval=1, not {self.interval}")
-            if self.policy is not None and not self._spare:
-                raise ValueError(
-                    f"capacity {self.capacity} leaves no slot for a new token beside the budget: give the cache at "
-                    "least budget + 1 slots"
-                )
-            if self.policy is None and self.seen > self.capacity:
-                raise ValueError(
-                    f"capacity {self.capacity} is full after {self.seen - columns} tokens and the cache has no policy: "
-                    f"give it at least {self.seen} slots or a policy that evicts"
-                )
-            if padding is None:
-                stop = torch.arange(self.seen - columns, self.seen, device=query.device)
-                self._fed = (stop.expand(rows, -1), torch.ones(rows, columns, dtype=torch.bool, device=query.device))
-            else:
-                self._fed = (padding.cumsum(dim=1)[:, -columns:] - 1, padding[:, -columns:].bool())
-        return self._fed
 
     def _cut(self, positions: Tensor, valid: Tensor) -> list[Window]:
         """Cut the columns of a call into windows; what precedes the first decision is one if nobody looks."""
@@ -293,65 +349,22 @@ class EvictingCache(HandedCache):
             self.next_position.copy_(torch.maximum(self.next_position, fed))
         self._fed = None
 
-    def _decide(self, layer: int, window: Window) -> None:
-        """Let the policy rank one layer's candidates and evict."""
-        if self.policy is None:
-            return
-        state = self.layer_state(layer, window.next_position)
-        order = eviction_order(self.policy(state), state.positions, state.mask)
-        count = self._excess(state.positions, window.active)
-        if self.on_eviction is not None:
-            self.on_eviction(state, order, count)
-        evict(self.positions[layer], order, count, self.capacity)
-
     def _excess(self, positions: Tensor, active: Tensor) -> Tensor:
         """Pairs beyond the budget per head of active rows: (..., N, H)."""
         excess = (positions >= 0).sum(dim=-1) - self.budget[:, None]
         return excess.clamp(min=0) * active[:, None]
 
-    def _encode_new(self, layer: int, key: Tensor, value: Tensor) -> Tensor | None:
-        """Return what the policy says of all pairs of a call (N, H, S, D), and make room for it in the slots."""
-        if self._encode is None:
-            return None
-        positions = torch.cat([window.positions for window in self._windows], dim=1)[:, None].expand(key.shape[:3])
-        encoded = self._encode(
-            Pairs(layer=layer, keys=key, values=value, positions=positions, groups=self.groups, rotary=self.rotary)
-        )
-        if self._encoded[layer] is None:
-            self._encoded[layer] = encoded.new_zeros(*self.positions.shape[1:], encoded.shape[-1])
-        return encoded
-
-    def _insert(self, layer: int, window: Window, new: list[Tensor]) -> None:
-        """Write a window's keys, values and what else there is of its pairs (N, H, S, ...) to free slots of each head.
-
-        Padding lands in free slots that stay empty.
-        """
-        held = self.positions[layer]
-        # A window wider than the cache is one that fills it: its first columns are padding of every row.
-        positions, *new = (x[:, :, -self.capacity :] for x in (window.held, *new))
-        # The slots that hold the least, of which empty ones are told apart, so that the choice is always the same.
-        slots = torch.where(held < 0, self._empty, held).topk(positions.shape[2], largest=False).indices
-        where = (self._each_row, self._each_head, slots)
-        for kept, x in zip((self.keys[layer], self.values[layer], self._encoded[layer]), new):
-            if kept is not None:
-                kept.index_put_(where, x)
-        held.scatter_(2, slots, positions.expand(slots.shape))
-        if self.statistics is not None:
-            self.statistics.forget(layer, slots)
-
     def _attend(self, layer: int, query: Tensor, window: Window, scaling: float) -> Tensor:
         """Attend over the slots and take from the queries what the policy needs."""
-        held, keys, values = self.positions[layer], self.keys[layer], self.values[layer]
+        keys, values = self.keys[layer], self.values[layer]
         if self.moments is not None:
             self.moments.add(layer, query, window.positions, window.valid)
         if "queries" in self.needs:
             self.queries[layer] = newest(query, self.interval, dim=3)
             self.query_valid.copy_(newest(window.valid, self.interval, dim=1))
-        place = torch.where(held < 0, BEYOND, held.to(self.precise))[:, :, None]
         if self.statistics is None:
-            return attend_block(query, keys, values, causal_bias(window.reach, place, query.dtype), scaling)
-        bias = causal_bias(window.reach, place, self.precise)
-        probabilities = attention_probabilities(query, keys, bias, scaling)
+            return attend_block(query, keys, values, self.bias(layer, window.reach, query.dtype), scaling)
+        probabilities = attention_probabilities(query, keys, self.bias(layer, window.reach, self.precise), scaling)
         self.statistics.add(layer, probabilities, window)
         mixed = probabilities.flatten(2, 3).to(values.dtype) @ values
         return mixed.view(query.shape)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvenv.attention import HandedCache
-from kvenv.cache import EvictingCache
+from kvenv.cache import SlotCache
 from kvenv.decode import Losses, collate, feed, read
 from kvenv.features import FeatureSet, Observation
 from kvenv.golden import Reduce
@@ -265,9 +265,9 @@ class Dynamics:
         except IndexError as error:
             raise ValueError(str(error)) from error
 
-    def _new_cache(self, rows: int, capacity: int, needs: Collection[str] | None = None) -> EvictingCache:
+    def _new_cache(self, rows: int, capacity: int, needs: Collection[str] | None = None) -> SlotCache:
         """Return an empty cache that follows ``needs``, this environment's if not given."""
-        return EvictingCache(
+        return SlotCache(
             self.model,
             rows=rows,
             capacity=capacity,
@@ -317,7 +317,7 @@ class Dynamics:
         read(self.model, fresh, batch.tokens, batch.positions, batch.valid)
         self.cache.copy_rows(torch.as_tensor(rows, device=device), fresh)
 
-    def _decode(self, cache: EvictingCache, columns: int, running: Tensor) -> WindowLosses:
+    def _decode(self, cache: SlotCache, columns: int, running: Tensor) -> WindowLosses:
         """Feed the next tokens of every running row, teacher-forced, and score their targets."""
         fed = cache.next_position[:, None] + torch.arange(columns, device=self.tokens.device)
         valid = (fed < self.last[:, None]) & running[:, None]

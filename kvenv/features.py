@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvenv.cache import EvictingCache
+from kvenv.cache import SlotCache
 from kvenv.limits import observation_nbytes
 from kvenv.registry import FEATURES, register_features
 from kvenv.state import NEEDS, STATS, LayerState, Pairs
@@ -120,7 +120,7 @@ class FeatureSet:
         zeroed = torch.bitwise_and(bits, kept, out=None if out is None else out.view(torch.int32))
         return zeroed.view(torch.float32)
 
-    def observe(self, cache: EvictingCache) -> Observation:
+    def observe(self, cache: SlotCache) -> Observation:
         """Return the observation of every row of a cache; it shares no memory with the cache.
 
         Raises

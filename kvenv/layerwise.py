@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvenv.cache import EvictingCache
+from kvenv.cache import SlotCache
 from kvenv.decode import Losses, collate, feed
 from kvenv.golden import FutureAttention
 from kvenv.models import check_positions
@@ -191,7 +191,7 @@ def rollout(
         interval=interval,
         device=model.device,
     )
-    cache = EvictingCache(
+    cache = SlotCache(
         model,
         rows=len(traces),
         capacity=budget + interval if schedule == "periodic" else batch.tokens.shape[1],

@@ -157,6 +157,20 @@ class Protection:
         first = prompt_length.clamp(min=self.sinks)[:, None, None] if self.prompt else self.sinks
         return (positions >= first) & (positions < (next_position - self.recent)[:, None, None])
 
+    def check(self, budget: int) -> None:
+        """Refuse a budget that doesn't hold what is protected, whatever the prompt.
+
+        Raises
+        ------
+        ValueError
+            If it doesn't.
+        """
+        if budget < self.size(0):
+            raise ValueError(
+                f"budget {budget} is less than the {self.size(0)} protected pairs (sinks {self.sinks}, recent "
+                f"{self.recent}): raise the budget or protect less"
+            )
+
     def size(self, prompt_length: int) -> int:
         """Return how many pairs are protected at most, for a trace with that prompt."""
         return max(self.sinks, prompt_length if self.prompt else 0) + self.recent

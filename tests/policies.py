@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvenv.attention import use_kvenv_attention
-from kvenv.cache import EvictingCache
+from kvenv.cache import SlotCache
 from kvenv.decode import Batch, collate, feed
 from kvenv.golden import FutureAttention
 from kvenv.state import LayerState, Protection
@@ -112,18 +112,18 @@ def step_through(
     protection: Protection,
     future: FutureAttention | None = None,
     seed: int = 0,
-    between: Callable[[EvictingCache], None] = lambda cache: None,
-) -> tuple[Tensor, Recorder, EvictingCache]:
+    between: Callable[[SlotCache], None] = lambda cache: None,
+) -> tuple[Tensor, Recorder, SlotCache]:
     """Decode by stepping, as the environment does: evict, feed a window, evict, ...; ``between`` windows do more.
 
     Returns
     -------
-    Tensor (N, T - 1), Recorder, EvictingCache
+    Tensor (N, T - 1), Recorder, SlotCache
         Losses per target, what was evicted, and the cache in the end.
     """
     capacity = budget + interval
     batch: Batch = collate([trace.tokens for trace in traces], anchors=capacity, interval=interval)
-    cache = EvictingCache(
+    cache = SlotCache(
         model,
         rows=len(traces),
         capacity=capacity,

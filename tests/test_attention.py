@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from kvenv import attention
 from kvenv.attention import BEYOND, attend_block, attention_probabilities, causal_bias, use_kvenv_attention
-from kvenv.cache import EvictingCache
+from kvenv.cache import SlotCache
 from tests.models import ARCHITECTURES, random_tokens
 from tests.policies import kvenv_model
 from tests.reference import copy_with
@@ -58,11 +58,11 @@ def test_switching_twice_changes_nothing() -> None:
 @pytest.mark.parametrize("where", ["attend", "update"])
 def test_a_forward_that_dies_leaves_nothing_behind(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = kvenv_model(), random_tokens(1, 6)
-    cache = EvictingCache(model, rows=1, capacity=8, interval=4, budget=4)
+    cache = SlotCache(model, rows=1, capacity=8, interval=4, budget=4)
     with torch.no_grad():
         plain = model(ids).logits
 
-        class Broken(EvictingCache):
+        class Broken(SlotCache):
             def update(self, *args: object, **kwargs: object) -> None:
                 super().update(*args, **kwargs)
                 raise RuntimeError("out of memory")
@@ -72,7 +72,7 @@ def test_a_forward_that_dies_leaves_nothing_behind(where: str, monkeypatch: pyte
 
         broken = Broken(model, rows=1, capacity=8, interval=4, budget=4)
         if where == "attend":
-            monkeypatch.setattr(Broken, "update", EvictingCache.update)
+            monkeypatch.setattr(Broken, "update", SlotCache.update)
         with pytest.raises(RuntimeError, match="out of memory"):
             model(ids, past_key_values=broken)
         assert torch.equal(model(ids).logits, plain)

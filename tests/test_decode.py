@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvenv import decode
-from kvenv.cache import EvictingCache
+from kvenv.cache import SlotCache
 from kvenv.decode import collate, feed, full_cache_losses
 from tests.models import ARCHITECTURES
 from tests.policies import kvenv_model, random_traces
@@ -55,7 +55,7 @@ def test_scores_are_those_of_the_plain_logits(logits_at_once: int, monkeypatch: 
     monkeypatch.setattr(decode, "LOGITS_AT_ONCE", logits_at_once)
     model, traces = kvenv_model(), random_traces([30, 19])
     batch = collate([trace.tokens for trace in traces], anchors=[11, 7], interval=4)
-    cache = EvictingCache(model, rows=2, capacity=40, interval=4, budget=36)
+    cache = SlotCache(model, rows=2, capacity=40, interval=4, budget=36)
     losses = feed(model, cache, batch.tokens, batch.targets, batch.positions, batch.valid)
     for row, trace in enumerate(traces):
         ids = torch.as_tensor(trace.tokens)[None]
@@ -73,7 +73,7 @@ def test_scores_are_those_of_the_plain_logits(logits_at_once: int, monkeypatch: 
 def test_losses_of_half_precision_models_are_float32() -> None:
     model, traces = kvenv_model("qwen3", torch.bfloat16), random_traces([20])
     batch = collate([traces[0].tokens])
-    cache = EvictingCache(model, rows=1, capacity=20, interval=4, budget=16)
+    cache = SlotCache(model, rows=1, capacity=20, interval=4, budget=16)
     losses = feed(model, cache, batch.tokens, batch.targets, batch.positions, batch.valid)
     assert losses.nll.dtype == losses.entropy.dtype == torch.float32
 

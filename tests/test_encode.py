@@ -9,7 +9,7 @@ import agents
 import kvenv
 from agents.grpo import GRPOConfig, GRPOLearner
 from agents.scorer import Scorer, ScorerPolicy
-from kvenv.cache import EvictingCache
+from kvenv.cache import SlotCache
 from kvenv.features import feature_set
 from kvenv.layerwise import rollout
 from kvenv.state import LayerState, Pairs
@@ -121,7 +121,7 @@ def test_what_is_encoded_follows_the_weights(tiny_model) -> None:
 def test_a_policy_without_that_part_encodes_nothing() -> None:
     policy = ScorerPolicy(Scorer(2, 2, feature_set("stats").width(HEAD_DIM, GROUPS), hidden=4), "stats")
     assert policy.encode is None
-    cache = EvictingCache(kvenv_model(), rows=1, capacity=28, interval=8, budget=20, policy=policy)
+    cache = SlotCache(kvenv_model(), rows=1, capacity=28, interval=8, budget=20, policy=policy)
     assert cache.layer_state(0).encoded is None
     with pytest.raises(ValueError, match="no part that never changes"):
         policy._encode(cache.layer_state(0))

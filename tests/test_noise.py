@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvenv import noise
-from kvenv.cache import EvictingCache
+from kvenv.cache import SlotCache
 from kvenv.state import Protection
 from tests.policies import Random, kvenv_model, random_traces, step_through
 
@@ -67,7 +67,7 @@ def test_the_caches_noise_is_by_position_not_by_slot() -> None:
     )
     state = cache.layer_state(1)
     slots = torch.randperm(17, generator=torch.Generator().manual_seed(0))
-    other = EvictingCache(model, rows=2, capacity=17, interval=5, budget=12, needs={"noise"}, seed=3)
+    other = SlotCache(model, rows=2, capacity=17, interval=5, budget=12, needs={"noise"}, seed=3)
     other.positions.copy_(cache.positions[:, [1, 0]][..., slots])
     other.next_position.copy_(cache.next_position)
     other.rollout.copy_(torch.tensor([1, 0]))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from kvenv.cache import EvictingCache
+from kvenv.cache import SlotCache
 from kvenv.golden import future_attention
 from kvenv.layerwise import check_budget, rollout
 from kvenv.state import LayerState, Protection
@@ -150,7 +150,7 @@ def test_the_seed_decides() -> None:
     assert not torch.equal(runs[0][:, 0], runs[0][:, 1]), "rows are different rollouts"
 
 
-def shuffle_slots(cache: EvictingCache) -> None:
+def shuffle_slots(cache: SlotCache) -> None:
     """Permute the slots of every head of a live cache."""
     slots = torch.rand(cache.positions.shape).argsort(dim=-1)
     cache.positions.copy_(cache.positions.gather(-1, slots))
@@ -298,7 +298,7 @@ def test_two_runs_a_golden_pass_and_generate_share_one_model() -> None:
     quiet_golden, quiet_generated = golden(), generated()
     plain = rollout(Random(), traces, **options).losses.nll
 
-    def disturb(cache: EvictingCache) -> None:
+    def disturb(cache: SlotCache) -> None:
         assert torch.equal(generated(), quiet_generated)
         assert torch.equal(golden(), quiet_golden)
         assert torch.equal(rollout(Random(), traces, **options).losses.nll, plain)
