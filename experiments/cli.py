@@ -18,6 +18,7 @@ COMMANDS = {
     "report": "compare trainings: a table, and curves by update and by wall clock",
     "reproduce": "train, measure and judge what kvenv claims of its agents",
     "record": "record a trace store, from which kvp learns without the LLM",
+    "bench": "measure how fast kvenv is on this machine, beside what it is to be compared with",
     "pretrain": "train the bundled LLM anew",
     "quality": "print how well an LLM answers held-out traces with the full cache",
     "relevance": "print how little token identity alone tells of what will be asked",

@@ -70,6 +70,7 @@ def test_a_forward_that_dies_leaves_nothing_behind(where: str, monkeypatch: pyte
             def attend(self, *args: object) -> None:
                 raise RuntimeError("out of memory")
 
+        fed = torch.arange(6)[None], torch.ones(1, 6, dtype=torch.bool)
         broken = Broken(model, rows=1, capacity=8, interval=4, budget=4)
         if where == "attend":
             monkeypatch.setattr(Broken, "update", SlotCache.update)
@@ -77,6 +78,7 @@ def test_a_forward_that_dies_leaves_nothing_behind(where: str, monkeypatch: pyte
             model(ids, past_key_values=broken)
         assert torch.equal(model(ids).logits, plain)
         assert getattr(attention._handover, "pending", None) is None
+        cache.expect(*fed)
         ours = model(ids, past_key_values=cache).logits
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-9)
 

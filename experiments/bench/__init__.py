@@ -1,3 +1,13 @@
 """How fast kvenv is on this machine, each part beside what it is to be compared with, measured in the same run."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
 SECTIONS = ("step", "scale", "rollout", "golden", "ranking", "train")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    import_module("experiments.bench.__main__").main(argv)
