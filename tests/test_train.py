@@ -292,4 +292,4 @@ def explained(block: str) -> bool:
     """Return whether an option's lines of help say more than its name, its type and its default."""
     own = re.sub(r"[│\s]+", " ", block.split("╰")[0])
     said = re.sub(r"--\S+|\{[^}]*\}|\(default: .*\)|\[[^\]]*\]+", "", own)
-    return len(re.findall(r"\b[a-z]{2,}\b", said)) >= 2
+    return len(re.findall(r"\b[A-Z]?[a-z]{2,}\b", said)) >= 2
