@@ -26,7 +26,7 @@ from experiments.cli import run
 from experiments.evaluate import wide_console
 from experiments.jobs import read_times, run_jobs
 from experiments.report import load
-from experiments.runs import CONFIG, POLICY, commit
+from experiments.runs import CONFIG, POLICY, commit, read_config
 from experiments.verdicts import Chosen, Claim, Measured
 from kvenv.files import write_atomic
 
@@ -70,7 +70,8 @@ def ship(plan: Plan, made: dict[str, Any]) -> None:
         own = asdict(plan.arguments(learner, seed).learner)
         if own.get("init"):
             own["init"] = "imitation-tiny"
-        made_by = {key: made[key] for key in ("command", "commit", "date")}
+        made_by = {key: made[key] for key in ("command", "date")}
+        made_by["commit"] = read_config(plan.run(learner, seed))["commit"]
         policy.name, policy.training = name, {"learner": learner, **own, **made_by}
         policy.save(Path(agents.__file__).parent / "trained" / name)
 
