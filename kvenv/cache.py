@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,13 +135,14 @@ class SlotCache(HandedCache):
         """Walk the windows of this call: evict where due, cache the window's pairs, attend."""
         if query.shape[0] != self.positions.shape[1]:
             raise ValueError(f"the cache has {self.positions.shape[1]} rows, not the batch's {query.shape[0]}")
+        if self._fed is None:
+            raise ValueError(
+                "a SlotCache is told what is fed (kvenv.decode.feed); to generate, take a kvenv.EvictingCache"
+            )
+        positions, valid = self._fed
         if layer == 0:
-            if self._fed is None:
-                raise ValueError(
-                    "a SlotCache is told what is fed (kvenv.decode.feed); to generate, take a kvenv.EvictingCache"
-                )
-            self._windows = self._cut(*self._fed)
-        encoded = self.encode(layer, key, value, self._windows)
+            self._windows = self._cut(positions, valid)
+        encoded = self.encode(layer, key, value, positions)
         query = query.unflatten(1, (self.kv_heads, self.groups))
         outputs = []
         for window in self._windows:
@@ -151,7 +152,9 @@ class SlotCache(HandedCache):
             self.insert(layer, window, [x[:, :, columns] for x in (key, value, encoded) if x is not None])
             outputs.append(self._attend(layer, query[:, :, :, columns], window, scaling))
         if layer == self.num_layers - 1:
-            self._advance()
+            fed = torch.where(valid, positions, -1).amax(dim=1) + 1
+            self.next_position.copy_(torch.maximum(self.next_position, fed))
+            self._fed = None
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
         return output.flatten(1, 2)
 
@@ -199,7 +202,7 @@ class SlotCache(HandedCache):
         )
         return state
 
-    def encode(self, layer: int, key: Tensor, value: Tensor, windows: Sequence[Window]) -> Tensor | None:
+    def encode(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> Tensor | None:
         """Return what the policy says of all pairs of a call (N, H, S, K), and make room for it in the slots.
 
         Parameters
@@ -208,8 +211,8 @@ class SlotCache(HandedCache):
             Index of the layer.
         key, value : Tensor (N, H, S, D)
             New pairs.
-        windows : sequence of Window
-            The columns S in windows.
+        positions : Tensor (N, S) int64
+            Where they are.
 
         Returns
         -------
@@ -218,9 +221,9 @@ class SlotCache(HandedCache):
         """
         if self._encode is None:
             return None
-        positions = torch.cat([window.positions for window in windows], dim=1)[:, None].expand(key.shape[:3])
+        places = positions[:, None].expand(key.shape[:3])
         encoded = self._encode(
-            Pairs(layer=layer, keys=key, values=value, positions=positions, groups=self.groups, rotary=self.rotary)
+            Pairs(layer=layer, keys=key, values=value, positions=places, groups=self.groups, rotary=self.rotary)
         )
         if self._encoded[layer] is None:
             self._encoded[layer] = encoded.new_zeros(*self.positions.shape[1:], encoded.shape[-1])
@@ -341,13 +344,6 @@ class SlotCache(HandedCache):
             prefix = 0 if self.statistics is not None else self.first_decision
             cuts = sorted({0, *range(prefix, columns, self.interval), columns})
         return cut(positions, valid, cuts, self.precise)
-
-    def _advance(self) -> None:
-        """Count the call's tokens, after the last layer."""
-        for window in self._windows:
-            fed = window.held.amax(dim=(1, 2)) + 1
-            self.next_position.copy_(torch.maximum(self.next_position, fed))
-        self._fed = None
 
     def _excess(self, positions: Tensor, active: Tensor) -> Tensor:
         """Pairs beyond the budget per head of active rows: (..., N, H)."""

@@ -42,12 +42,15 @@ class Block:
         Rows that evict before them; None if none does.
     ended : Window or None
         The last W tokens of each row, valid in rows whose window ends before the columns; None if nobody looks.
+    place : Tensor (N, S) int64
+        Place of each of the newest S <= W queries in its row's window.
     """
 
     columns: Window
     at: Tensor
     evicting: Tensor | None
     ended: Window | None
+    place: Tensor
 
 
 class EvictingCache(HandedCache):
@@ -121,6 +124,7 @@ class EvictingCache(HandedCache):
         self._slots: SlotCache | None = None
         # Of each row, on the host: tokens so far, and the position of the first decision.
         self._next = self._anchor = np.zeros(0, np.int64)
+        self._positions = torch.zeros(0, 0, dtype=torch.int64)
         self._blocks: list[Block] = []
 
     @property
@@ -142,7 +146,7 @@ class EvictingCache(HandedCache):
         if layer == 0 or self._slots is None:
             self._slots = self._begin(query.shape[0], query.shape[2], padding)
         slots, query = self._slots, query.unflatten(1, (self.kv_heads, self.groups))
-        encoded = slots.encode(layer, key, value, [block.columns for block in self._blocks])
+        encoded = slots.encode(layer, key, value, self._positions)
         outputs = []
         for block in self._blocks:
             columns = slice(block.columns.start, block.columns.stop)
@@ -153,7 +157,7 @@ class EvictingCache(HandedCache):
             slots.insert(layer, block.columns, [x[:, :, columns] for x in (key, value, encoded) if x is not None])
             asked = query[:, :, :, columns]
             if self.looked_at:
-                self._remember(slots, layer, asked, block.columns)
+                self._remember(slots, layer, asked, block.place)
             bias = slots.bias(layer, block.columns.reach, query.dtype)
             outputs.append(attend_block(asked, slots.keys[layer], slots.values[layer], bias, scaling))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
@@ -226,6 +230,7 @@ class EvictingCache(HandedCache):
         cuts = sorted({0, columns, *np.flatnonzero(ends.any(axis=1)).tolist()})
         start = slots.next_position[:, None] - torch.as_tensor(pads, device=device)[:, None]
         positions = start + torch.arange(columns, device=device)
+        self._positions = positions
         windows = cut(positions, positions >= slots.next_position[:, None], cuts, slots.precise)
         self._blocks = [self._block(slots, window, ends[window.start], evicts[window.start]) for window in windows]
 
@@ -238,16 +243,15 @@ class EvictingCache(HandedCache):
             positions = at[:, None] + torch.arange(-self.interval, 0, device=device)
             valid = (positions >= 0) & torch.as_tensor(ends, device=device)[:, None]
             ended = Window(0, self.interval, positions, valid, slots.precise)
-        return Block(window, at, torch.as_tensor(evicts, device=device) if evicts.any() else None, ended)
-
-    def _remember(self, slots: SlotCache, layer: int, query: Tensor, window: Window) -> None:
-        """Keep queries (N, H, G, S, D) at their place in their row's window."""
-        kept = slots.queries[layer].permute(0, 3, 1, 2, 4)
         # A block has at most one window's tokens of each row, the newest; before them may be any amount of padding.
-        query, positions = query[:, :, :, -self.interval :], window.positions[:, -self.interval :]
-        anchor = torch.as_tensor(self._anchor, device=positions.device)[:, None]
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        kept.index_put_((rows, (positions - anchor) % self.interval), query.permute(0, 3, 1, 2, 4))
+        newest = window.positions[:, -self.interval :]
+        place = (newest - torch.as_tensor(self._anchor, device=device)[:, None]) % self.interval
+        return Block(window, at, torch.as_tensor(evicts, device=device) if evicts.any() else None, ended, place)
+
+    def _remember(self, slots: SlotCache, layer: int, query: Tensor, place: Tensor) -> None:
+        """Keep the newest of queries (N, H, G, S, D) at their place in their row's window."""
+        rows, newest = torch.arange(len(place), device=place.device)[:, None], query[:, :, :, -self.interval :]
+        slots.queries[layer].permute(0, 3, 1, 2, 4).index_put_((rows, place), newest.permute(0, 3, 1, 2, 4))
 
     def _look(self, slots: SlotCache, layer: int, ended: Window, scaling: float) -> None:
         """Take from the queries of windows that ended what the policy needs."""
