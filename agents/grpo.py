@@ -30,7 +30,7 @@ import agents
 from agents.attention_credit import attention_credit
 from agents.checkpoint import module_state, optimizer_state, restore_module, restore_optimizer
 from agents.episodes import Episodes
-from agents.learner import Learner, State
+from agents.learner import Learner, State, check_numbers
 from agents.ranking_policy import Evictions, ReplayPolicy, SamplingPolicy
 from agents.returns import CREDITS, group_advantages, rollout_metrics, target_advantages, window_losses
 from agents.schedule import warm_cosine
@@ -91,20 +91,17 @@ class GRPOConfig:
     """Seed of traces, budgets, noise and random weights."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("updates", 1),
-            ("num_traces", 1),
-            ("group", 2),
-            ("epochs", 1),
-            ("hidden", 1),
-            ("depth", 1),
-            ("warmup", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be at least {least}")
-        for name in ("temperature", "clip", "learning_rate", "last_rate", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be positive")
+        check_numbers(
+            self,
+            ("temperature", "clip", "learning_rate", "last_rate", "grad_clip"),
+            updates=1,
+            num_traces=1,
+            group=2,
+            epochs=1,
+            hidden=1,
+            depth=1,
+            warmup=0,
+        )
         if not self.budgets:
             raise ValueError("budgets () is impossible: give at least one")
         if self.credit not in CREDITS:
@@ -205,8 +202,6 @@ class GRPOLearner(Learner):
         self.config = config or GRPOConfig()
         self.episodes = Episodes(model, source, interval, protection or Protection(recent=interval))
         self._reward = REWARDS.get(self.config.reward)
-        # What can't be decoded shows now, not at the update that draws it.
-        self.episodes.draw(np.random.default_rng(self.config.seed), 1, max(self.config.budgets))
         start = self._loaded(self.config.init) if self.config.init else self._random(features)
         self.scorer, self.features = start.scorer, feature_set(start.features)
         self.reference = copy.deepcopy(self.scorer).requires_grad_(False)
@@ -351,6 +346,8 @@ class GRPOLearner(Learner):
         policy = agents.make(init)
         if not isinstance(policy, ScorerPolicy):
             raise ValueError(f"init {init!r} is not a learned policy: give the directory of one with a scorer")
+        # What can't be decoded shows now, as random weights let it, not at the update that draws it.
+        self.episodes.draw(np.random.default_rng(self.config.seed), 1, max(self.config.budgets))
         model = self.episodes.model
         scorer, shape = copy.deepcopy(policy.scorer).to(model.device), HandedCache(model)
         layers, heads, width = scorer.shape[:3]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from agents.base import Policy, needed
 from agents.checkpoint import module_state, optimizer_state, restore_module, restore_optimizer
 from agents.episodes import Episodes
-from agents.learner import Learner, State
+from agents.learner import Learner, State, check_numbers
 from agents.ranking_losses import LOSSES, LossName
 from agents.returns import rollout_metrics, window_losses
 from agents.schedule import follow, warm_cosine
@@ -75,12 +75,7 @@ class ImitationConfig:
     """Seed of the initial weights, traces and budgets."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_traces", 1), ("hidden", 1), ("depth", 1), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be at least {least}")
-        for name in ("learning_rate", "power", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be positive")
+        check_numbers(self, ("learning_rate", "power", "grad_clip"), num_traces=1, hidden=1, depth=1, warmup=0)
         for name in ("dagger", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} is no share: choose 0 to 1")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from agents.checkpoint import module_state, optimizer_state, restore_module, restore_optimizer
 from agents.kvp_scorer import KVPPolicy, KVPScorer
-from agents.learner import Learner, State
+from agents.learner import Learner, State, check_numbers
 from agents.schedule import follow, warm_cosine
 from kvenv import noise, plackett_luce
 from kvenv.rank_env import cost, least_cost
@@ -279,12 +279,7 @@ class KVPLearner(Learner):
     def _check(self) -> None:
         """Refuse what can't work."""
         config = self.config
-        for name, least in (("hidden", 1), ("embedding", 1), ("warmup", 0)):
-            if getattr(config, name) < least:
-                raise ValueError(f"{name} {getattr(config, name)} is impossible: it must be at least {least}")
-        for name in ("learning_rate", "grad_clip", "power"):
-            if not getattr(config, name) > 0:
-                raise ValueError(f"{name} {getattr(config, name)} is impossible: it must be positive")
+        check_numbers(config, ("learning_rate", "grad_clip", "power"), hidden=1, embedding=1, warmup=0)
         if not 0 <= config.ema < 1:
             raise ValueError(f"ema {config.ema} is impossible: it must be at least 0 and below 1")
         if not len(self.store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -77,3 +78,28 @@ class Learner(ABC):
         """
         if state.values.get("learner") != self.name:
             raise ValueError(f"the state is of learner {state.values.get('learner')!r}, not {self.name!r}")
+
+
+def check_numbers(config: Any, positive: Collection[str], **least: int) -> None:
+    """Refuse hyper-parameters that can't be.
+
+    Parameters
+    ----------
+    config : Any
+        Has them as attributes.
+    positive : collection of str
+        Those that must be above 0.
+    **least : int
+        The least that others may be.
+
+    Raises
+    ------
+    ValueError
+        Naming the first impossible one.
+    """
+    for name, bound in least.items():
+        if getattr(config, name) < bound:
+            raise ValueError(f"{name} {getattr(config, name)} is impossible: it must be at least {bound}")
+    for name in positive:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} {getattr(config, name)} is impossible: it must be positive")

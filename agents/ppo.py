@@ -25,7 +25,7 @@ import agents
 from agents.base import Policy
 from agents.checkpoint import optimizer_state, restore_optimizer
 from agents.episodes import CALIBRATED_ON
-from agents.learner import Learner, State
+from agents.learner import Learner, State, check_numbers
 from agents.sb3_env import HeadVecEnv, Observation
 from agents.sb3_policy import KVRankingPolicy
 from agents.scorer import ScorerPolicy
@@ -71,12 +71,9 @@ class PPOConfig:
     """Seed of weights, traces, budgets, sampled evictions and mini-batches."""
 
     def __post_init__(self) -> None:
-        for name, least in (("updates", 1), ("epochs", 1), ("minibatches", 1), ("hidden", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be at least {least}")
-        for name in ("temperature", "learning_rate", "clip", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be positive")
+        check_numbers(
+            self, ("temperature", "learning_rate", "clip", "grad_clip"), updates=1, epochs=1, minibatches=1, hidden=1
+        )
         for name in ("discount", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} is impossible: it must be between 0 and 1")
