@@ -19,6 +19,10 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "kvenv"
 
+UNMASKED, READY = (0, 0), (0, 1)
+"""What a :class:`HandedCache` answers to the question for mask sizes: that it needs no mask, and also that it has got
+ready for the call, which then can be compiled: models leave a mask of 4 dimensions alone."""
+
 _handover = threading.local()
 
 
@@ -48,7 +52,6 @@ class HandedCache(Cache):
         self.kv_heads: int = config.num_key_value_heads
         self.groups: int = config.num_attention_heads // config.num_key_value_heads
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.seen = 0
         self._fed: tuple[Tensor, Tensor] | None = None
 
     def expect(self, positions: Tensor, valid: Tensor) -> None:
@@ -78,8 +81,8 @@ class HandedCache(Cache):
             New pairs, keys rotated.
         scaling : float
             Factor on the logits.
-        padding : Tensor (N, >= S) bool or None
-            The model's 2-D padding mask, if it was given one.
+        padding : Tensor or None
+            The model's padding mask (N, >= S) bool, if it was given one; a 4-D tensor if the cache said :data:`READY`.
 
         Returns
         -------
@@ -91,18 +94,12 @@ class HandedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Hand the new pairs over to the attention function, which is called next."""
-        if layer_idx == 0:
-            self.seen += key_states.shape[2]
         _handover.pending = (self, layer_idx, key_states)
         return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of tokens seen, not stored: generate slices its inputs and makes positions from it."""
-        return self.seen
-
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Return (0, 0): this cache needs no mask built, see :func:`_mask`."""
-        return 0, 0
+        """Say that this cache needs no mask built, see :func:`_mask`."""
+        return UNMASKED
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Return 0: the mask that it would shift isn't built."""
@@ -147,11 +144,14 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _mask(kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Mask interface of Hugging Face models: SDPA's mask, or the 2-D padding mask unchanged for a HandedCache."""
-    if kv_length == 0:
+def _mask(kv_length: int, kv_offset: int = 0, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Mask interface of Hugging Face models: SDPA's mask, or for a HandedCache the 2-D padding mask unchanged."""
+    sizes = (kv_length, kv_offset)
+    if sizes == READY:
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs["device"])
+    if sizes == UNMASKED:
         return attention_mask
-    return sdpa_mask(kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(kv_length=kv_length, kv_offset=kv_offset, attention_mask=attention_mask, **kwargs)
 
 
 AttentionInterface.register(NAME, _attention)

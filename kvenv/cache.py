@@ -258,6 +258,17 @@ class SlotCache(HandedCache):
         if self.statistics is not None:
             self.statistics.forget(layer, slots)
 
+    def settle(self, layer: int, slots: Tensor) -> None:
+        """Take in what is kept of pairs that were written to ``slots`` (N, H, S), each row's newest tokens in order."""
+        if self._encode is not None:
+            where = (self._each_row, self._each_head, slots)
+            positions = self.positions[layer][where][:, 0]
+            new = self.encode(layer, self.keys[layer][where], self.values[layer][where], positions)
+            if new is not None and (kept := self._encoded[layer]) is not None:
+                kept.index_put_(where, new)
+        if self.statistics is not None:
+            self.statistics.forget(layer, slots)
+
     def bias(self, layer: int, reach: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the additive mask (N, H, S, C) of queries at positions ``reach`` (N, 1, S, 1) over a layer's slots."""
         held = self.positions[layer]

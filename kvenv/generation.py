@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,9 +12,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvenv.attention import HandedCache, attend_block, attention_probabilities, restore, use_kvenv_attention
+from kvenv.attention import (
+    READY,
+    HandedCache,
+    attend_block,
+    attention_probabilities,
+    restore,
+    use_kvenv_attention,
+)
 from kvenv.cache import SlotCache
 from kvenv.state import LayerState, Protection, check_integer
+from kvenv.token_step import TokenStep
 from kvenv.traces import SCHEDULES
 from kvenv.windows import Window, cut
 
@@ -60,6 +69,9 @@ class EvictingCache(HandedCache):
     the cache evicts down to the budget, again and again: what ``KVEvict-v0`` and :func:`kvenv.rollout` do with the
     same text. A prompt longer than that is walked window by window. Left padding takes no slot. Greedy decoding,
     sampling, EOS and streamers work as ever; beams and assisted decoding are refused.
+
+    Single tokens go through a step of fixed shapes, which ``generate`` compiles by itself on accelerators, as it does
+    with static caches; ``disable_compile=True`` stops it.
 
     The model is switched to kvenv's attention, which behaves as SDPA for any other cache; :func:`kvenv.restore`
     switches it back.
@@ -121,11 +133,20 @@ class EvictingCache(HandedCache):
         self.model, self.policy, self.budget, self.interval, self.seed = model, policy, budget, interval, seed
         self.periodic, self.looked_at = schedule == "periodic", bool(needs & LOOKED_AT)
         self._needs = needs | {"queries"} if self.looked_at else needs
+        self.seen, self._scaling = 0, 1.0
         self._slots: SlotCache | None = None
+        self._step: TokenStep | None = None
+        # Tokens that can be fed one by one before anything else happens, and whether that was done for the next one.
+        self._left, self._ready = 0, False
         # Of each row, on the host: tokens so far, and the position of the first decision.
         self._next = self._anchor = np.zeros(0, np.int64)
         self._positions = torch.zeros(0, 0, dtype=torch.int64)
         self._blocks: list[Block] = []
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the decoding of single tokens: yes."""
+        return True
 
     @property
     def nbytes(self) -> int:
@@ -139,21 +160,39 @@ class EvictingCache(HandedCache):
             raise ValueError("nothing is cached yet")
         return self._slots.positions
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens seen, not stored: generate slices its inputs and makes positions from it."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Get ready for a single token of every row; models ask before they attend, outside of what is compiled."""
+        if query_length != 1 or self._slots is None:
+            return super().get_mask_sizes(query_length, layer_idx)
+        if not self._ready:
+            self._next_token(self._slots)
+        return READY
+
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, padding: Tensor | None
     ) -> Tensor:
-        """Walk the blocks of this call: evict where due, cache the block's pairs, attend."""
+        """Attend to a single token's slots, or walk the blocks of this call."""
+        if self._step is not None and padding is not None and padding.dim() == 4:
+            if layer == self.num_layers - 1:
+                self._ready = False
+            return self._step.attend(layer, query, key, value, scaling)
         if layer == 0 or self._slots is None:
             self._slots = self._begin(query.shape[0], query.shape[2], padding)
-        slots, query = self._slots, query.unflatten(1, (self.kv_heads, self.groups))
+        return self._walk(self._slots, layer, query, key, value, scaling)
+
+    def _walk(self, slots: SlotCache, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Walk the blocks of a call: evict where due, cache the block's pairs, attend."""
+        self._scaling = scaling
+        query = query.unflatten(1, (self.kv_heads, self.groups))
         encoded = slots.encode(layer, key, value, self._positions)
         outputs = []
         for block in self._blocks:
             columns = slice(block.columns.start, block.columns.stop)
-            if block.ended is not None:
-                self._look(slots, layer, block.ended, scaling)
-            if block.evicting is not None:
-                slots.decide(layer, block.at, block.evicting)
+            self._turn(slots, layer, block, scaling)
             slots.insert(layer, block.columns, [x[:, :, columns] for x in (key, value, encoded) if x is not None])
             asked = query[:, :, :, columns]
             if self.looked_at:
@@ -172,12 +211,12 @@ class EvictingCache(HandedCache):
             self._anchor = np.full(rows, self.budget + self.interval) if self.periodic else columns - pads
         elif rows != len(self._next):
             raise ValueError(f"the cache has {len(self._next)} rows, not the batch's {rows}: make a new one")
-        most = self._most(columns - pads)
+        size = self._size(0 if slots is None else slots.capacity, self._most(columns - pads))
         if slots is None:
             slots = SlotCache(
                 self.model,
                 rows=rows,
-                capacity=min(most + SPARE, self.budget + self.interval) if self.periodic else most + SPARE,
+                capacity=size,
                 interval=self.interval,
                 budget=self.budget,
                 needs=self._needs,
@@ -186,13 +225,13 @@ class EvictingCache(HandedCache):
                 seed=self.seed,
             )
             slots.prompt_length.copy_(torch.as_tensor(columns - pads))
-        elif most > slots.capacity:
-            limit = self.budget + self.interval if self.periodic else 2 * most
-            slots.resize(min(max(most + SPARE, 2 * slots.capacity), limit))
-        elif not self.periodic and slots.capacity > 2 * (most + SPARE):
-            slots.resize(most + SPARE)
+        if self._step is not None:
+            self._step.settle()
+        if size != slots.capacity:
+            slots.resize(size)
+        self._left = 0
         self._lay_out(slots, columns, pads)
-        self._next = self._next + columns - pads
+        self._next, self.seen = self._next + columns - pads, self.seen + columns
         slots.next_position += torch.as_tensor(columns - pads, device=slots.next_position.device)
         return slots
 
@@ -209,14 +248,59 @@ class EvictingCache(HandedCache):
             raise ValueError("padding comes after cached tokens: only the first call's prompts can be padded")
         return pads
 
-    def _most(self, new: np.ndarray) -> int:
-        """Return the most pairs that a row holds when ``new`` (N,) more tokens have been fed."""
+    def _next_token(self, slots: SlotCache) -> None:
+        """Get ready for one more token of every row."""
+        if not self._left:
+            self._pause(slots)
+        if self._step is not None:
+            self._step.advance()
+        self._next, self.seen, self._left, self._ready = self._next + 1, self.seen + 1, self._left - 1, True
+
+    def _pause(self, slots: SlotCache) -> None:
+        """Between two single tokens: end windows, evict, make room, and say for how many tokens that will do."""
+        if self._step is not None:
+            self._step.settle()
+        self._lay_out(slots, 1, np.zeros_like(self._next))
+        for layer in range(self.num_layers):
+            self._turn(slots, layer, self._blocks[0], self._scaling)
+        most = self._most(np.ones_like(self._next), turned=True)
+        size = self._size(slots.capacity, most)
+        if size != slots.capacity:
+            slots.resize(size)
+        if self._step is None or self._step.capacity != size:
+            self._step = TokenStep(slots, self.looked_at)
+        self._step.refresh(torch.as_tensor(self._anchor))
+        # A periodic cache of full size is never short of room: an eviction comes first.
+        room = sys.maxsize if self.periodic and size == self.budget + self.interval else size - most + 1
+        self._left = min(room, self._until_turn())
+
+    def _until_turn(self) -> int:
+        """Return how many tokens can be fed before a window of any row ends that has to be acted upon."""
+        if not self.periodic:
+            return sys.maxsize
+        left = self._anchor - self._next
+        left = left % self.interval if self.looked_at else np.where(left > 0, left, left % self.interval)
+        return int(np.where(left == 0, self.interval, left).min())
+
+    def _most(self, new: np.ndarray, turned: bool = False) -> int:
+        """Return the most pairs that a row holds when ``new`` (N,) more tokens have been fed.
+
+        With ``turned``, what falls due before them was evicted.
+        """
         after = self._next + new
         if self.periodic:
             return int(min(after.max(), self.budget + self.interval))
         # The eviction falls due with the first token behind the prompt.
-        evicted = np.where(self._next > self._anchor, np.maximum(self._anchor - self.budget, 0), 0)
+        evicted = np.where(self._next + turned > self._anchor, np.maximum(self._anchor - self.budget, 0), 0)
         return int((after - evicted).max())
+
+    def _size(self, slots: int, most: int) -> int:
+        """Return how many slots to have for so many pairs, where there are ``slots`` now."""
+        limit = self.budget + self.interval if self.periodic else sys.maxsize
+        if most > slots:
+            wanted = max(most + SPARE, 2 * slots)
+            return limit if limit <= wanted + SPARE else wanted
+        return slots if self.periodic or slots <= 2 * (most + SPARE) else most + SPARE
 
     def _lay_out(self, slots: SlotCache, columns: int, pads: np.ndarray) -> None:
         """Cut the columns of a call wherever a row's window ends."""
@@ -227,6 +311,8 @@ class EvictingCache(HandedCache):
         evicts = ends & (position >= self._anchor if self.periodic else position == self._anchor)
         if not self.looked_at:
             ends = evicts
+        elif not self.periodic:  # nobody is asked any more after the one eviction
+            ends &= position <= self._anchor
         cuts = sorted({0, columns, *np.flatnonzero(ends.any(axis=1)).tolist()})
         start = slots.next_position[:, None] - torch.as_tensor(pads, device=device)[:, None]
         positions = start + torch.arange(columns, device=device)
@@ -247,6 +333,13 @@ class EvictingCache(HandedCache):
         newest = window.positions[:, -self.interval :]
         place = (newest - torch.as_tensor(self._anchor, device=device)[:, None]) % self.interval
         return Block(window, at, torch.as_tensor(evicts, device=device) if evicts.any() else None, ended, place)
+
+    def _turn(self, slots: SlotCache, layer: int, block: Block, scaling: float) -> None:
+        """Act upon the windows of a layer that end before a block: look at their attention, evict."""
+        if block.ended is not None:
+            self._look(slots, layer, block.ended, scaling)
+        if block.evicting is not None:
+            slots.decide(layer, block.at, block.evicting)
 
     def _remember(self, slots: SlotCache, layer: int, query: Tensor, place: Tensor) -> None:
         """Keep the newest of queries (N, H, G, S, D) at their place in their row's window."""

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel, TextStreamer
+from transformers import CompileConfig, PreTrainedModel, TextStreamer
 
 import agents
 import kvenv
+from kvenv.attention import use_kvenv_attention
 from kvenv.layerwise import rollout
 from kvenv.state import Protection
 from kvenv.traces import Trace
@@ -162,6 +163,46 @@ def test_slots_are_made_as_they_are_needed_and_given_back() -> None:
     )
     generate(model, ids, mask, shrunk, 3)
     assert shrunk.positions.shape[-1] < 300
+
+
+def compiled(**options: object) -> CompileConfig:
+    """Return how generate compiles on any device, as it does by itself on accelerators."""
+    config = CompileConfig(fullgraph=True, mode=None, **options)
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize("schedule", ["periodic", "prefill"])
+@pytest.mark.parametrize("needs", [(), ("stats", "query_moments")], ids=["bare", "observed"])
+def test_tokens_are_decoded_in_one_graph(needs: tuple[str, ...], schedule: str) -> None:
+    torch.compiler.reset()
+    model, lengths = random_model("qwen3"), [31, 7]
+    ids, mask = left_padded(lengths)
+    terms = {"budget": 10, "interval": 4, "schedule": schedule}
+    made: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> object:
+        made.append(graph)
+        return graph.forward
+
+    use_kvenv_attention(model)
+    for _ in range(2):  # a second cache needs no graph of its own
+        cache = kvenv.EvictingCache(model, Mixed(*needs), protection=PROTECTION, **terms)
+        out = generate(model, ids, mask, cache, compile_config=compiled(backend=count, dynamic=False))
+        check_kept(cache, out, lengths, model, **terms)
+        assert cache.get_seq_length() == out.shape[1] - 1
+    assert len(made) == 1
+
+
+@pytest.mark.slow
+def test_compiled_tokens_are_the_same(tiny_model) -> None:
+    traces = kvenv.load_traces("recall", split="test", tokenizer=tiny_model.tokenizer, trace_length=120)
+    ids = torch.as_tensor(np.stack([traces[i].tokens for i in range(2)]))
+    told = []
+    for options in ({}, {"compile_config": compiled(dynamic=False)}):
+        cache = kvenv.EvictingCache(tiny_model.model, agents.make("imitation-tiny"), budget=48, interval=16)
+        told.append(generate(tiny_model.model, ids, torch.ones_like(ids), cache, 60, **options))
+    assert torch.equal(*told)
 
 
 def test_sampling_eos_and_streamers_work_as_ever(tiny_model) -> None:
