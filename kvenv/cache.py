@@ -258,11 +258,10 @@ class SlotCache(HandedCache):
         if self.statistics is not None:
             self.statistics.forget(layer, slots)
 
-    def settle(self, layer: int, slots: Tensor) -> None:
-        """Take in what is kept of pairs that were written to ``slots`` (N, H, S), each row's newest tokens in order."""
+    def settle(self, layer: int, slots: Tensor, positions: Tensor) -> None:
+        """Take in what is kept of pairs at ``positions`` (N, S) that were written to ``slots`` (N, H, S)."""
         if self._encode is not None:
             where = (self._each_row, self._each_head, slots)
-            positions = self.positions[layer][where][:, 0]
             new = self.encode(layer, self.keys[layer][where], self.values[layer][where], positions)
             if new is not None and (kept := self._encoded[layer]) is not None:
                 kept.index_put_(where, new)

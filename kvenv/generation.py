@@ -70,9 +70,6 @@ class EvictingCache(HandedCache):
     same text. A prompt longer than that is walked window by window. Left padding takes no slot. Greedy decoding,
     sampling, EOS and streamers work as ever; beams and assisted decoding are refused.
 
-    Single tokens go through a step of fixed shapes, which ``generate`` compiles by itself on accelerators, as it does
-    with static caches; ``disable_compile=True`` stops it.
-
     The model is switched to kvenv's attention, which behaves as SDPA for any other cache; :func:`kvenv.restore`
     switches it back.
 
@@ -92,6 +89,9 @@ class EvictingCache(HandedCache):
         Pairs never evicted; if not given, the first 4 and the newest W.
     seed : int
         Of the noise that random policies draw from.
+    compileable : bool, optional
+        Whether ``generate`` may compile the decoding of single tokens; by default on accelerators, where it does so by
+        itself, as with static caches.
 
     Raises
     ------
@@ -114,6 +114,7 @@ class EvictingCache(HandedCache):
         schedule: str = "periodic",
         protection: Protection | None = None,
         seed: int = 0,
+        compileable: bool | None = None,
     ) -> None:
         needs: frozenset[str] = getattr(policy, "needs", frozenset())
         if future := needs & {"future", "expected_future"}:
@@ -133,6 +134,7 @@ class EvictingCache(HandedCache):
         self.model, self.policy, self.budget, self.interval, self.seed = model, policy, budget, interval, seed
         self.periodic, self.looked_at = schedule == "periodic", bool(needs & LOOKED_AT)
         self._needs = needs | {"queries"} if self.looked_at else needs
+        self._compileable = model.device.type != "cpu" if compileable is None else compileable
         self.seen, self._scaling = 0, 1.0
         self._slots: SlotCache | None = None
         self._step: TokenStep | None = None
@@ -145,8 +147,8 @@ class EvictingCache(HandedCache):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``generate`` may compile the decoding of single tokens: yes."""
-        return True
+        """Whether ``generate`` may compile the decoding of single tokens."""
+        return self._compileable
 
     @property
     def nbytes(self) -> int:
@@ -158,6 +160,7 @@ class EvictingCache(HandedCache):
         """Absolute positions (L, N, H, C) of the cached pairs, -1 where a slot is empty."""
         if self._slots is None:
             raise ValueError("nothing is cached yet")
+        self._settle()
         return self._slots.positions
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -225,11 +228,9 @@ class EvictingCache(HandedCache):
                 seed=self.seed,
             )
             slots.prompt_length.copy_(torch.as_tensor(columns - pads))
-        if self._step is not None:
-            self._step.settle()
+        self._settle()
         if size != slots.capacity:
             slots.resize(size)
-        self._left = 0
         self._lay_out(slots, columns, pads)
         self._next, self.seen = self._next + columns - pads, self.seen + columns
         slots.next_position += torch.as_tensor(columns - pads, device=slots.next_position.device)
@@ -258,8 +259,7 @@ class EvictingCache(HandedCache):
 
     def _pause(self, slots: SlotCache) -> None:
         """Between two single tokens: end windows, evict, make room, and say for how many tokens that will do."""
-        if self._step is not None:
-            self._step.settle()
+        self._settle()
         self._lay_out(slots, 1, np.zeros_like(self._next))
         for layer in range(self.num_layers):
             self._turn(slots, layer, self._blocks[0], self._scaling)
@@ -268,11 +268,17 @@ class EvictingCache(HandedCache):
         if size != slots.capacity:
             slots.resize(size)
         if self._step is None or self._step.capacity != size:
-            self._step = TokenStep(slots, self.looked_at)
-        self._step.refresh(torch.as_tensor(self._anchor))
+            self._step = TokenStep(slots, self.looked_at, self.is_compileable)
         # A periodic cache of full size is never short of room: an eviction comes first.
         room = sys.maxsize if self.periodic and size == self.budget + self.interval else size - most + 1
         self._left = min(room, self._until_turn())
+        self._step.refresh(torch.as_tensor(self._anchor, device=slots.positions.device), self._left)
+
+    def _settle(self) -> None:
+        """Let the slots take in the single tokens that went to them; before the next one, :meth:`_pause` is due."""
+        if self._step is not None:
+            self._step.settle()
+        self._left = 0
 
     def _until_turn(self) -> int:
         """Return how many tokens can be fed before a window of any row ends that has to be acted upon."""

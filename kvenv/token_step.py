@@ -1,4 +1,4 @@
-"""One more token of every row: where its pairs go and what it sees is kept up to date instead of looked for."""
+"""One more token of every row: where its pairs go and what it sees is known beforehand instead of looked for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvenv.cache import SlotCache
 class TokenStep:
     """Decodes a token at a time into slots that are known to be free, until the next eviction.
 
-    All tensors stay where they are, and :meth:`attend` depends on nothing else: it can be compiled and captured.
+    The tensors of :meth:`attend` stay where they are, and it depends on nothing else: it can be compiled and captured.
 
     Parameters
     ----------
@@ -19,6 +19,8 @@ class TokenStep:
         The cache; its number of slots stays the same.
     remember : bool
         Whether queries are kept in the slots' ``queries``.
+    compileable : bool
+        Whether :meth:`attend` is to be compiled. If not, views of the tensors are made once for all.
 
     Attributes
     ----------
@@ -26,51 +28,61 @@ class TokenStep:
         Tokens of every row since :meth:`refresh`.
     """
 
-    def __init__(self, slots: SlotCache, remember: bool) -> None:
+    def __init__(self, slots: SlotCache, remember: bool, compileable: bool) -> None:
         self._slots, self._remember = slots, remember
-        positions = slots.positions
         self.capacity, self.taken = slots.capacity, 0
-        self._free = torch.zeros_like(positions)
-        self._bias = torch.zeros(positions.shape, dtype=slots.keys.dtype, device=positions.device)
-        # Slots are numbered through a layer, so that one index says where a pair goes.
-        heads = positions[0, :, :, 0]
-        self._first = torch.arange(heads.numel(), device=heads.device) * slots.capacity
-        self._slot = self._first.expand(len(positions), -1).clone()
-        self._rows = torch.arange(len(heads), device=heads.device)
-        self._anchor, self._place = torch.zeros_like(self._rows), torch.zeros_like(self._rows)
+        positions, device = slots.positions, slots.positions.device
+        layers, rows, heads, _ = positions.shape
+        # Slots, and places of queries, are numbered through all layers, so that one index says where something goes.
+        number = torch.arange(layers * rows * heads, device=device).view(layers, -1)
+        self._first, self._slot = number * slots.capacity, number.clone()
+        asking = torch.arange(layers * rows * heads * slots.groups, device=device).view(layers, rows, -1)
+        self._first_place, self._place = asking * slots.interval, asking.flatten(1).clone()
+        self._ahead, self._places_ahead = self._slot[None], self._place[None]
+        self._bias = torch.zeros(positions.shape, dtype=slots.keys.dtype, device=device)
         if positions.is_cuda:
             self._mark_static()
+        self._views = None if compileable else [self._view(layer) for layer in range(layers)]
 
-    def refresh(self, anchor: Tensor) -> None:
+    def refresh(self, anchor: Tensor, tokens: int) -> None:
         """Look which slots are free: after an eviction, or after a call of several tokens.
 
         Parameters
         ----------
         anchor : Tensor (N,) int64
             Where a window of each row begins.
+        tokens : int
+            How many tokens of each row come before this is called again.
         """
-        held = self._slots.positions >= 0
-        self._free.copy_(held.to(torch.int8).argsort(dim=-1, stable=True))
+        slots, held = self._slots, self._slots.positions >= 0
+        free = held.to(torch.int8).argsort(dim=-1, stable=True)[..., :tokens]
+        self._ahead = free.flatten(1, 2).permute(2, 0, 1) + self._first
         self._bias.copy_(~held).mul_(torch.finfo(self._bias.dtype).min / 2)
-        self._anchor.copy_(anchor)
+        if self._remember:
+            later = torch.arange(free.shape[-1], device=anchor.device)[:, None]
+            place = (slots.next_position - anchor + later) % slots.interval
+            self._places_ahead = (place[:, None, :, None] + self._first_place).flatten(2)
+        self.taken = 0
 
     def settle(self) -> None:
         """Let the cache take in the pairs that were written since :meth:`refresh`."""
-        if self.taken:
-            for layer, free in enumerate(self._free):
-                self._slots.settle(layer, free[:, :, : self.taken])
+        slots, taken = self._slots, self.taken
+        if not taken:
+            return
+        where = (self._ahead[:taken] - self._first).permute(1, 2, 0).unflatten(1, slots.positions.shape[1:3])
+        new = slots.next_position[:, None] + torch.arange(taken, device=where.device)
+        slots.positions.scatter_(3, where, new[:, None].expand(where.shape))
+        slots.next_position += taken
+        for layer, written in enumerate(where):
+            slots.settle(layer, written, new)
         self.taken = 0
 
     def advance(self) -> None:
         """Make the next free slots those of the next tokens, which see them."""
-        slots = self._slots
-        slot = self._free[..., self.taken : self.taken + 1]
-        slots.positions.scatter_(3, slot, slots.next_position[:, None, None].expand(slot.shape))
-        self._bias.scatter_(3, slot, 0.0)
-        torch.add(slot.flatten(1), self._first, out=self._slot)
+        self._slot.copy_(self._ahead[self.taken])
+        self._bias.view(-1).index_fill_(0, self._slot.view(-1), 0.0)
         if self._remember:
-            torch.remainder(slots.next_position - self._anchor, slots.interval, out=self._place)
-        slots.next_position += 1
+            self._place.copy_(self._places_ahead[self.taken])
         self.taken += 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -78,19 +90,24 @@ class TokenStep:
 
         Parameters are those of :meth:`kvenv.attention.HandedCache.attend`.
         """
-        slots = self._slots
-        if len(key) != len(self._rows):
-            raise ValueError(f"the cache has {len(self._rows)} rows, not the batch's {len(key)}: make a new one")
-        keys, values = slots.keys[layer], slots.values[layer]
-        for kept, new in ((keys, key), (values, value)):
-            kept.view(-1, kept.shape[-1]).index_copy_(0, self._slot[layer], new.reshape(-1, new.shape[-1]))
+        slots, rows = self._slots, self._bias.shape[1]
+        if len(key) != rows:
+            raise ValueError(f"the cache has {rows} rows, not the batch's {len(key)}: make a new one")
+        keys, values, bias, slot, place = self._view(layer) if self._views is None else self._views[layer]
+        slots.keys.view(-1, slots.head_dim).index_copy_(0, slot, key.reshape(-1, slots.head_dim))
+        slots.values.view(-1, slots.head_dim).index_copy_(0, slot, value.reshape(-1, slots.head_dim))
         # The queries of a group take the place of the tokens of a window.
-        by_head = query.view(*key.shape[:2], -1, query.shape[-1])
+        by_head = query.view(rows, slots.kv_heads, slots.groups, slots.head_dim)
         if self._remember:
-            slots.queries[layer].permute(0, 3, 1, 2, 4)[self._rows, self._place] = by_head
-        bias = self._bias[layer][:, :, None].expand(-1, -1, by_head.shape[2], -1)
+            slots.queries.view(-1, slots.head_dim).index_copy_(0, place, by_head.view(-1, slots.head_dim))
         output = torch.nn.functional.scaled_dot_product_attention(by_head, keys, values, attn_mask=bias, scale=scaling)
         return output.view(query.shape)
+
+    def _view(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return a layer's pairs, mask (N, H, G, C), and where the token's pairs and queries go."""
+        slots = self._slots
+        bias = self._bias[layer][:, :, None].expand(-1, -1, slots.groups, -1)
+        return slots.keys[layer], slots.values[layer], bias, self._slot[layer], self._place[layer]
 
     def _mark_static(self) -> None:
         """Tell CUDA graphs that these tensors are written in place and never move."""

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.bench import SECTIONS, __main__, ranking
+from experiments.bench import SECTIONS, __main__, generate, ranking
 from experiments.bench.machine import Machine
 from experiments.bench.measure import Row, alternate, compare
 from experiments.bench.memory import held, peak
 from experiments.bench.models import work
+from experiments.bench.peer import Peer
 from experiments.cli import run
 from tests.models import random_model
 
@@ -83,6 +84,63 @@ def section(name: str, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     module = ModuleType(name)
     module.__dict__["rows"] = rows
     monkeypatch.setitem(sys.modules, f"experiments.bench.{name}", module)
+
+
+ECHO = """
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["x"] < 0:
+        break
+    print(json.dumps({"said": sys.argv[1], **asked}), flush=True)
+"""
+
+
+def test_a_peer_answers_until_it_ends(tmp_path: Path) -> None:
+    environment, script = tmp_path / "venv", tmp_path / "echo.py"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "python").symlink_to(sys.executable)
+    (environment / ".complete").touch()
+    script.write_text(ECHO)
+    peer = Peer(["not-needed"], environment, script, ["hello"])
+    assert [peer.ask(x=x) for x in (1, 2)] == [{"said": "hello", "x": 1}, {"said": "hello", "x": 2}]
+    with pytest.raises(OSError, match=r"echo\.py hello ended without an answer"):
+        peer.ask(x=-1)
+    peer.close()
+
+
+def test_a_peer_whose_environment_fails_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(generate, "ENVIRONMENT", tmp_path / "file" / "venv")
+    with caplog.at_level("WARNING", logger="kvenv"):
+        assert generate.start_peer(random_model(dtype=torch.float32), "cpu") is None
+    assert "kvpress is left out" in caplog.text
+
+
+@pytest.mark.slow
+def test_generating_is_compared_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake:
+        asked: list[dict] = []
+
+        def ask(self, **question: object) -> None:
+            self.asked.append(question)
+
+        def close(self) -> None:
+            self.asked.append({})
+
+    for name, value in {"REPEATS": {24: 1}, "BATCHES": (1,), "INTERVALS": {32: 8}}.items():
+        monkeypatch.setattr(generate, name, value)
+    monkeypatch.setattr(generate, "start_peer", lambda *_: Fake())
+    rows = list(generate.rows("cpu"))
+    assert [(row.metric, row.target) for row in rows] == [
+        ("compiled, 32 / kvpress, 32", ">= 2.0"), ("compiled, 32 / full cache", ""),
+        ("eager, 32 / kvpress, 32", ">= 1.0"), ("eager, 32 / full cache", ""),
+    ]  # fmt: skip
+    assert all(row.value > 0 and row.floor > row.value for row in rows)
+    assert [(q["new"], q["budget"], q["interval"]) for q in Fake.asked[:-1]] == [(24, 32, 8)] * 2
+    assert Fake.asked[-1] == {}
 
 
 def test_sections_are_added_to_the_numbers_of_others(

@@ -187,7 +187,7 @@ def test_tokens_are_decoded_in_one_graph(needs: tuple[str, ...], schedule: str) 
 
     use_kvenv_attention(model)
     for _ in range(2):  # a second cache needs no graph of its own
-        cache = kvenv.EvictingCache(model, Mixed(*needs), protection=PROTECTION, **terms)
+        cache = kvenv.EvictingCache(model, Mixed(*needs), protection=PROTECTION, compileable=True, **terms)
         out = generate(model, ids, mask, cache, compile_config=compiled(backend=count, dynamic=False))
         check_kept(cache, out, lengths, model, **terms)
         assert cache.get_seq_length() == out.shape[1] - 1
@@ -200,7 +200,8 @@ def test_compiled_tokens_are_the_same(tiny_model) -> None:
     ids = torch.as_tensor(np.stack([traces[i].tokens for i in range(2)]))
     told = []
     for options in ({}, {"compile_config": compiled(dynamic=False)}):
-        cache = kvenv.EvictingCache(tiny_model.model, agents.make("imitation-tiny"), budget=48, interval=16)
+        terms = {"budget": 48, "interval": 16, "compileable": bool(options)}
+        cache = kvenv.EvictingCache(tiny_model.model, agents.make("imitation-tiny"), **terms)
         told.append(generate(tiny_model.model, ids, torch.ones_like(ids), cache, 60, **options))
     assert torch.equal(*told)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
-SECTIONS = ("step", "scale", "rollout", "golden", "ranking", "train")
+SECTIONS = ("step", "scale", "rollout", "golden", "ranking", "generate", "train")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,66 @@
+"""A program to be compared with whose dependencies clash with ours: in a virtual environment of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+
+class Peer:
+    """A script that answers lines of JSON, kept running so that only its answers are timed.
+
+    Parameters
+    ----------
+    requirements : sequence of str
+        What its environment holds, for pip.
+    environment : Path
+        Where that is, or is made.
+    script : Path
+        The script.
+    arguments : sequence of str
+        Its arguments.
+
+    Raises
+    ------
+    OSError
+        If the environment can't be made.
+    """
+
+    def __init__(self, requirements: Sequence[str], environment: Path, script: Path, arguments: Sequence[str]) -> None:
+        python = environment / "bin" / "python"
+        complete = environment / ".complete"
+        if not complete.exists():
+            for command in (
+                [sys.executable, "-m", "venv", str(environment)],
+                [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
+            ):
+                if subprocess.run(command, check=False).returncode:
+                    raise OSError(f"{environment} can't be made: {' '.join(command)} failed")
+            complete.touch()
+        self._process = subprocess.Popen(
+            [str(python), str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, **question: object) -> Any:
+        """Return the answer to a question.
+
+        Raises
+        ------
+        OSError
+            If the script ended instead.
+        """
+        questions, answers = cast("IO[str]", self._process.stdin), cast("IO[str]", self._process.stdout)
+        questions.write(json.dumps(question) + "\n")
+        questions.flush()
+        answer = answers.readline()
+        if not answer:
+            raise OSError(f"{' '.join(map(str, cast('list[str]', self._process.args)))} ended without an answer")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End the script."""
+        self._process.communicate()
