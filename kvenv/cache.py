@@ -85,7 +85,7 @@ class SlotCache(HandedCache):
         unknown = self.needs - set(NEEDS)
         if unknown:
             raise ValueError(f"needs names unknown {sorted(unknown)}: known are {', '.join(NEEDS)}")
-        self.capacity, self.interval = capacity, interval
+        self.interval = interval
         self.protection = protection or Protection()
         if policy is not None and isinstance(budget, int):
             self.protection.check(budget)
@@ -102,9 +102,7 @@ class SlotCache(HandedCache):
         self.rollout = torch.arange(rows, device=device)
         self.seed = torch.full((rows,), seed, dtype=torch.int64, device=device)
         self.precise = torch.promote_types(model.dtype, torch.float32)
-        self._each_row = torch.arange(rows, device=device)[:, None, None]
-        self._each_head = torch.arange(self.kv_heads, device=device)[:, None]
-        self._empty = torch.arange(-capacity, 0, device=device)
+        self._number_slots(capacity)
         self._windows: list[Window] = []
         self.statistics = (
             WindowStatistics(shape, self.groups, self.precise, device)
@@ -159,7 +157,11 @@ class SlotCache(HandedCache):
         return output.flatten(1, 2)
 
     def layer_state(
-        self, layer: int, next_position: Tensor | None = None, needs: Collection[str] | None = None
+        self,
+        layer: int,
+        next_position: Tensor | None = None,
+        needs: Collection[str] | None = None,
+        mask: Tensor | None = None,
     ) -> LayerState:
         """Return what a policy sees of a layer now.
 
@@ -171,10 +173,14 @@ class SlotCache(HandedCache):
             Position of the token fed next, where a walk inside a call is ahead of the cache's own count.
         needs : collection of str, optional
             Optional parts to fill in, of those that are kept up to date; all of them if not given.
+        mask : Tensor (N, H, C) bool, optional
+            The layer's candidates, if they are known already.
         """
         wanted = self.needs if needs is None else needs
         upcoming = self.next_position if next_position is None else next_position
         positions = self.positions[layer]
+        if mask is None:
+            mask = self.protection.candidates(positions, upcoming, self.prompt_length)
         moments = self.moments if "query_moments" in wanted else None
         state = LayerState(
             layer=layer,
@@ -182,7 +188,7 @@ class SlotCache(HandedCache):
             values=self.values[layer],
             positions=positions,
             groups=self.groups,
-            mask=self.protection.candidates(positions, upcoming, self.prompt_length),
+            mask=mask,
             filled=positions >= 0,
             next_position=upcoming,
             prompt_length=self.prompt_length,
@@ -250,10 +256,10 @@ class SlotCache(HandedCache):
         positions, *new = (x[:, :, -self.capacity :] for x in (window.held, *new))
         # The slots that hold the least, of which empty ones are told apart, so that the choice is always the same.
         slots = torch.where(held < 0, self._empty, held).topk(positions.shape[2], largest=False).indices
-        where = (self._each_row, self._each_head, slots)
+        where = (slots + self._first).view(-1)
         for kept, x in zip((self.keys[layer], self.values[layer], self._encoded[layer]), new):
             if kept is not None:
-                kept.index_put_(where, x)
+                kept.view(-1, kept.shape[-1]).index_copy_(0, where, x.reshape(-1, kept.shape[-1]))
         held.scatter_(2, slots, positions.expand(slots.shape))
         if self.statistics is not None:
             self.statistics.forget(layer, slots)
@@ -261,10 +267,13 @@ class SlotCache(HandedCache):
     def settle(self, layer: int, slots: Tensor, positions: Tensor) -> None:
         """Take in what is kept of pairs at ``positions`` (N, S) that were written to ``slots`` (N, H, S)."""
         if self._encode is not None:
-            where = (self._each_row, self._each_head, slots)
-            new = self.encode(layer, self.keys[layer][where], self.values[layer][where], positions)
+            where = (slots + self._first).view(-1)
+            key, value = (
+                x[layer].view(-1, self.head_dim)[where].view(*slots.shape, -1) for x in (self.keys, self.values)
+            )
+            new = self.encode(layer, key, value, positions)
             if new is not None and (kept := self._encoded[layer]) is not None:
-                kept.index_put_(where, new)
+                kept.view(-1, kept.shape[-1]).index_copy_(0, where, new.flatten(0, 2))
         if self.statistics is not None:
             self.statistics.forget(layer, slots)
 
@@ -335,7 +344,7 @@ class SlotCache(HandedCache):
             self.statistics.last = moved(self.statistics.last, kept, 4)
         self._encoded = [None if x is None else moved(x, own, 2) for x, own in zip(self._encoded, kept)]
         self.positions = moved(self.positions, kept, 3, -1)
-        self.capacity, self._empty = capacity, torch.arange(-capacity, 0, device=self.positions.device)
+        self._number_slots(capacity)
 
     def copy_rows(self, rows: Tensor, source: SlotCache) -> None:
         """Overwrite rows by those of another cache, which may have fewer slots: row ``rows[i]`` becomes its row i."""
@@ -345,6 +354,13 @@ class SlotCache(HandedCache):
             if name in _SLOT_AXIS:
                 target = target.narrow(_SLOT_AXIS[name], 0, source.capacity)
             target.index_copy_(axis, rows, given[name][0])
+
+    def _number_slots(self, capacity: int) -> None:
+        """Number a layer's slots: `_first` (N, H, 1) is each head's first, and `_empty` (C,) tells empty ones apart."""
+        self.capacity, device = capacity, self.positions.device
+        heads = self.positions.shape[1:3]
+        self._first = torch.arange(0, heads.numel() * capacity, capacity, device=device).view(*heads, 1)
+        self._empty = torch.arange(-capacity, 0, device=device)
 
     def _cut(self, positions: Tensor, valid: Tensor) -> list[Window]:
         """Cut the columns of a call into windows; what precedes the first decision is one if nobody looks."""

@@ -162,8 +162,8 @@ def score(model: PreTrainedModel, hidden: Tensor, targets: Tensor, valid: Tensor
     for states, target in zip(hidden.split(chunk, dim=1), targets.split(chunk, dim=1), strict=True):
         logits = head(states)
         logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-        nll = -logp.gather(-1, target[..., None]).squeeze(-1)
-        parts.append((nll, -(logp.exp() * logp).sum(dim=-1), logp.argmax(dim=-1) == target))
+        told = logp.gather(-1, target[..., None]).squeeze(-1)
+        parts.append((-told, -(logp.exp() * logp).sum(dim=-1), told == logp.amax(dim=-1)))
     nll, entropy, correct = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return Losses(nll * valid, entropy * valid, correct & valid)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +60,7 @@ class FeatureSet:
     name : str
         Its registered name.
     fn : callable
-        LayerState -> Tensor (N, H, C, F).
+        LayerState -> Tensor (N, H, C, F), or several that are put side by side and have F columns in all.
     size : int or callable
         F, or a function of (head_dim, queries_per_kv_head) that returns it.
     needs : frozenset of str
@@ -75,7 +75,7 @@ class FeatureSet:
     """
 
     name: str
-    fn: Callable[[LayerState], Tensor]
+    fn: Callable[[LayerState], Tensor | Sequence[Tensor]]
     size: int | Callable[[int, int], int]
     needs: frozenset[str]
     split: Split | None = None
@@ -104,21 +104,27 @@ class FeatureSet:
         ValueError
             If the function returns no tensor or another shape.
         """
-        features = self.fn(state)
-        if not isinstance(features, Tensor) or features.shape[:-1] != state.positions.shape:
+        parts = self.fn(state)
+        parts = (parts,) if isinstance(parts, Tensor) else parts
+        for part in parts:
+            if not isinstance(part, Tensor) or part.shape[:-1] != state.positions.shape:
+                raise ValueError(
+                    f"features {self.name!r} returned {_describe(part)}: a tensor of shape "
+                    f"{tuple(state.positions.shape)} and F (N, H, C, F) was expected"
+                )
+        widths = [part.shape[-1] for part in parts]
+        if out is None:
+            out = torch.empty(*state.positions.shape, sum(widths), device=state.positions.device)
+        elif out.shape[-1] != sum(widths):
             raise ValueError(
-                f"features {self.name!r} returned {_describe(features)}: a tensor of shape "
-                f"{tuple(state.positions.shape)} and F (N, H, C, F) was expected"
-            )
-        if out is not None and features.shape != out.shape:
-            raise ValueError(
-                f"features {self.name!r} returned {features.shape[-1]} numbers per slot: they were registered with "
+                f"features {self.name!r} returned {sum(widths)} numbers per slot: they were registered with "
                 f"size {out.shape[-1]}"
             )
         # All bits of an empty slot's features to 0, whatever they are: a selection takes a CPU four times as long.
-        kept, bits = -state.filled[..., None].int(), features.float().view(torch.int32)
-        zeroed = torch.bitwise_and(bits, kept, out=None if out is None else out.view(torch.int32))
-        return zeroed.view(torch.float32)
+        kept = -state.filled[..., None].int()
+        for part, columns in zip(parts, out.view(torch.int32).split(widths, dim=-1), strict=True):
+            torch.bitwise_and(part.float().view(torch.int32), kept, out=columns)
+        return out
 
     def observe(self, cache: SlotCache) -> Observation:
         """Return the observation of every row of a cache; it shares no memory with the cache.
@@ -129,14 +135,15 @@ class FeatureSet:
             If the function returns another shape than it was registered with.
         """
         layers, rows, heads, slots = cache.positions.shape
+        mask = cache.candidates()
         width = self.width(cache.head_dim, cache.groups)
         features = torch.empty(rows, layers, heads, slots, width, device=cache.positions.device)
         for layer in range(layers):
-            self.compute(cache.layer_state(layer, needs=self.needs), out=features[:, layer])
+            self.compute(cache.layer_state(layer, needs=self.needs, mask=mask[layer]), out=features[:, layer])
         return {
             "features": features,
             "positions": cache.positions.transpose(0, 1).clone(memory_format=torch.contiguous_format),
-            "mask": cache.candidates().transpose(0, 1).to(torch.int8, memory_format=torch.contiguous_format),
+            "mask": mask.transpose(0, 1).to(torch.int8, memory_format=torch.contiguous_format),
         }
 
 
@@ -151,14 +158,14 @@ def feature_set(name: str) -> FeatureSet:
     return FeatureSet(name, *FEATURES.get(name))
 
 
-def kv(state: LayerState) -> Tensor:
+def kv(state: LayerState) -> list[Tensor]:
     """KVP's view of a pair: key, value, absolute position; F = 2D + 1 (arXiv 2602.10238)."""
-    return torch.cat([state.keys.float(), state.values.float(), state.positions[..., None].float()], dim=-1)
+    return [state.keys, state.values, state.positions[..., None]]
 
 
-def foresight(state: LayerState) -> Tensor:
+def foresight(state: LayerState) -> list[Tensor]:
     """ForesightKV's view: key, value, eight attention statistics per query head; F = 2D + 8G (arXiv 2602.03203)."""
-    return torch.cat([state.keys.float(), state.values.float(), _by_query_head(state)], dim=-1)
+    return [state.keys, state.values, *_needed(state).unbind(dim=2)]
 
 
 def stats(state: LayerState) -> Tensor:

@@ -117,7 +117,8 @@ def register_features(
     name : str
         The name of the feature set.
     fn : callable
-        Maps a layer's state to features of every slot.
+        Maps a layer's state to features of every slot; instead of one tensor it may return several that are put side by
+        side, which saves copies.
     size : int or callable
         F, or a function of the model's ``(head_dim, queries_per_kv_head)`` that returns it.
     needs : frozenset of str

@@ -130,6 +130,8 @@ def test_generating_is_compared_side_by_side(monkeypatch: pytest.MonkeyPatch) ->
         def close(self) -> None:
             self.asked.append({})
 
+    # Compiling switches it off for all the process.
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     for name, value in {"REPEATS": {24: 1}, "BATCHES": (1,), "INTERVALS": {32: 8}}.items():
         monkeypatch.setattr(generate, name, value)
     monkeypatch.setattr(generate, "start_peer", lambda *_: Fake())

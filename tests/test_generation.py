@@ -172,10 +172,17 @@ def compiled(**options: object) -> CompileConfig:
     return config
 
 
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start from nothing compiled, and undo what compiling does to all the process."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
+
+
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("schedule", ["periodic", "prefill"])
 @pytest.mark.parametrize("needs", [(), ("stats", "query_moments")], ids=["bare", "observed"])
 def test_tokens_are_decoded_in_one_graph(needs: tuple[str, ...], schedule: str) -> None:
-    torch.compiler.reset()
     model, lengths = random_model("qwen3"), [31, 7]
     ids, mask = left_padded(lengths)
     terms = {"budget": 10, "interval": 4, "schedule": schedule}
@@ -195,6 +202,7 @@ def test_tokens_are_decoded_in_one_graph(needs: tuple[str, ...], schedule: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
 def test_compiled_tokens_are_the_same(tiny_model) -> None:
     traces = kvenv.load_traces("recall", split="test", tokenizer=tiny_model.tokenizer, trace_length=120)
     ids = torch.as_tensor(np.stack([traces[i].tokens for i in range(2)]))
