@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvenv.attention import HandedCache
 from kvenv.cache import SlotCache
-from kvenv.decode import Losses, collate, feed, read
+from kvenv.decode import collate, feed, read
 from kvenv.features import FeatureSet, Observation
 from kvenv.golden import Reduce
 from kvenv.limits import Limits, observation_nbytes, refuse_what_cannot_fit
@@ -132,26 +132,13 @@ class Dynamics:
         Tensor (N, L, H, E) int64
             Evicted positions in order, -1 beyond each head's count.
         """
-        running = ~self.finished
-        # Finished rows are trimmed too: then they have free slots for the padding that they are fed.
-        evicted = self.cache.evict(
-            priorities, self._everyone, self.limits.interval if self.limits.periodic else self.capacity
-        )
-        evicted = torch.where(running[:, None, None], evicted, -1).transpose(0, 1)
-        window = (
-            self._decode(self.cache, self.limits.interval, running)
-            if self.limits.periodic
-            else self._decode_rest(running)
-        )
+        scored = self._turn(priorities)
+        evicted, window = scored.pop("evicted"), self._window(scored)
         now = self.counters
         active = ~now.finished
         now.steps[:] += active
         now.position[:] += active * np.minimum(window.nll.shape[1], now.last - now.position)
         now.finished[:] |= now.position >= now.last
-        if self.limits.periodic:
-            self.finished |= self.cache.next_position >= self.last
-        else:
-            self.finished.fill_(True)
         return window, evicted
 
     def observe(self) -> Observation:
@@ -317,15 +304,33 @@ class Dynamics:
         read(self.model, fresh, batch.tokens, batch.positions, batch.valid)
         self.cache.copy_rows(torch.as_tensor(rows, device=device), fresh)
 
-    def _decode(self, cache: SlotCache, columns: int, running: Tensor) -> WindowLosses:
+    def _turn(self, priorities: Tensor) -> dict[str, Tensor]:
+        """Evict, decode and score: all that :meth:`advance` asks of the device."""
+        running = ~self.finished
+        # Finished rows are trimmed too: then they have free slots for the padding that they are fed.
+        evicted = self.cache.evict(
+            priorities, self._everyone, self.limits.interval if self.limits.periodic else self.capacity
+        )
+        evicted = torch.where(running[:, None, None], evicted, -1).transpose(0, 1)
+        if self.limits.periodic:
+            scored = self._decode(self.cache, self.limits.interval, running)
+            self.finished |= self.cache.next_position >= self.last
+        else:
+            scored = self._decode_rest(running)
+            self.finished.fill_(True)
+        return scored | {"evicted": evicted}
+
+    def _decode(self, cache: SlotCache, columns: int, running: Tensor) -> dict[str, Tensor]:
         """Feed the next tokens of every running row, teacher-forced, and score their targets."""
         fed = cache.next_position[:, None] + torch.arange(columns, device=self.tokens.device)
         valid = (fed < self.last[:, None]) & running[:, None]
         fed = torch.where(valid, fed, 0)
-        losses = feed(self.model, cache, self.tokens.gather(1, fed), self.tokens.gather(1, fed + 1), fed, valid)
-        return self._window(losses, fed + 1, valid)
+        targets = fed + 1
+        losses = feed(self.model, cache, self.tokens.gather(1, fed), self.tokens.gather(1, targets), fed, valid)
+        answer = self.answer.gather(1, targets) & valid
+        return vars(losses) | {"valid": valid, "answer": answer, "positions": targets}
 
-    def _decode_rest(self, running: Tensor) -> WindowLosses:
+    def _decode_rest(self, running: Tensor) -> dict[str, Tensor]:
         """Decode what is left of every running row into extra slots, which neither stay nor are ever evicted."""
         now = self.counters
         left = int(((now.last - now.position) * ~now.finished).max())
@@ -333,23 +338,15 @@ class Dynamics:
         extended.copy_rows(torch.arange(self.rows, device=self.tokens.device), self.cache)
         parts = [
             self._decode(extended, min(REST_AT_ONCE, left - start), running) for start in range(0, left, REST_AT_ONCE)
-        ]
-        if not parts:
-            parts = [self._decode(extended, 1, running)]
-        losses = Losses(*(torch.cat([getattr(part, x) for part in parts], 1) for x in ("nll", "entropy", "correct")))
-        positions, valid = (torch.cat([getattr(part, x) for part in parts], 1) for x in ("positions", "valid"))
-        return self._window(losses, positions, valid)
+        ] or [self._decode(extended, 1, running)]
+        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
-    def _window(self, losses: Losses, targets: Tensor, valid: Tensor) -> WindowLosses:
-        """Return the losses of targets at positions (N, S) as a reward function gets them."""
+    def _window(self, scored: dict[str, Tensor]) -> WindowLosses:
+        """Return the losses (N, S) of a step as a reward function gets them."""
         traces, anchors = self.counters.trace.copy(), self.counters.anchor.copy()
+        targets, valid = scored["positions"], scored["valid"]
         return WindowLosses(
-            nll=losses.nll,
-            entropy=losses.entropy,
-            correct=losses.correct,
-            valid=valid,
-            answer=self.answer.gather(1, targets) & valid,
-            positions=targets,
+            **scored,
             interval=self.limits.interval,
             run_full=lambda: self._full_rows().at(traces, anchors, targets, valid),
         )
