@@ -14,6 +14,7 @@ from kvenv.cache import SlotCache
 from kvenv.decode import collate, feed, read
 from kvenv.features import FeatureSet, Observation
 from kvenv.golden import Reduce
+from kvenv.graphs import Call, Graphs, refuse_what_cannot_be_captured
 from kvenv.limits import Limits, observation_nbytes, refuse_what_cannot_fit
 from kvenv.lookahead import KINDS, FullRows, FutureRows, Kind
 from kvenv.models import LoadedModel
@@ -44,11 +45,14 @@ class Dynamics:
         Budget, windows and lengths.
     features : FeatureSet
         What observations hold.
+    cuda_graph : bool
+        Capture what a step asks of the device, and the observation, in CUDA graphs.
 
     Raises
     ------
     ValueError
-        If no trace of that length can be decoded with that budget, or the observations don't fit in memory.
+        If no trace of that length can be decoded with that budget, the observations don't fit in memory, or steps can't
+        be captured.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Dynamics:
         rows: int,
         limits: Limits,
         features: FeatureSet,
+        cuda_graph: bool = False,
     ) -> None:
         self.loaded, self.model, self.source = loaded, loaded.model, source
         self.rows, self.limits, self.features, self.needs = rows, limits, features, features.needs & FOLLOWED
@@ -68,7 +73,8 @@ class Dynamics:
         width = features.width(shape.head_dim, shape.groups)
         self.feature_shape = (shape.num_layers, shape.kv_heads, self.capacity, width)
         refuse_what_cannot_fit(rows, observation_nbytes(*self.feature_shape), features.name, self.model.device)
-        self.cache = self._new_cache(rows, self.capacity)
+        if cuda_graph:
+            refuse_what_cannot_be_captured(self.model, limits.periodic)
         self.counters = Counters.blank(rows)
         device, columns = self.model.device, limits.trace_length + limits.interval + 1
         self.tokens = torch.zeros(rows, columns, dtype=torch.int64, device=device)
@@ -80,6 +86,8 @@ class Dynamics:
         self._answers_before = np.zeros((rows, columns + 1), np.int64)
         self._full: FullRows | None = None
         self._futures: dict[tuple[Kind, Reduce], FutureRows] = {}
+        self._cuda_graph = cuda_graph
+        self._renew()
 
     @torch.no_grad()
     def begin(
@@ -132,7 +140,7 @@ class Dynamics:
         Tensor (N, L, H, E) int64
             Evicted positions in order, -1 beyond each head's count.
         """
-        scored = self._turn(priorities)
+        scored = self._run("turn", self._turn, priorities)
         evicted, window = scored.pop("evicted"), self._window(scored)
         now = self.counters
         active = ~now.finished
@@ -143,7 +151,7 @@ class Dynamics:
 
     def observe(self) -> Observation:
         """Return the observation of every row."""
-        return self.features.observe(self.cache)
+        return self._run("observe", lambda: self.features.observe(self.cache))
 
     def truncate(self, rows: np.ndarray) -> None:
         """End the episodes of some rows (indices) before their traces end."""
@@ -178,7 +186,7 @@ class Dynamics:
                 "call track(needs) before the first step"
             )
         self.needs |= missing
-        self.cache = self._new_cache(self.rows, self.capacity)
+        self._renew()
         if len(begun):
             self._prefill(begun, [self._trace(trace) for trace in self.counters.trace[begun]])
 
@@ -228,7 +236,7 @@ class Dynamics:
                 raise ValueError(f"the snapshot was taken with {name}={theirs!r}, this environment has {mine!r}")
         if snapshot.needs != self.needs:
             self.needs = snapshot.needs
-            self.cache = self._new_cache(self.rows, self.capacity)
+            self._renew()
         own = self.cache.row_tensors()
         for name, (tensor, _) in own.items():
             shape = snapshot.tensors[name].shape if name in snapshot.tensors else None
@@ -251,6 +259,12 @@ class Dynamics:
             return self.source[int(trace)]
         except IndexError as error:
             raise ValueError(str(error)) from error
+
+    def _renew(self) -> None:
+        """Take an empty cache of all rows; what was captured over another is void."""
+        self.cache = self._new_cache(self.rows, self.capacity)
+        state = [tensor for tensor, _ in self.cache.row_tensors().values()]
+        self.graphs = Graphs(self.model.device, [*state, self.finished]) if self._cuda_graph else None
 
     def _new_cache(self, rows: int, capacity: int, needs: Collection[str] | None = None) -> SlotCache:
         """Return an empty cache that follows ``needs``, this environment's if not given."""
@@ -303,6 +317,10 @@ class Dynamics:
         )
         read(self.model, fresh, batch.tokens, batch.positions, batch.valid)
         self.cache.copy_rows(torch.as_tensor(rows, device=device), fresh)
+
+    def _run(self, name: str, call: Call, *inputs: Tensor) -> dict[str, Tensor]:
+        """Make a call over tensors that stay where they are, by replay if calls are captured."""
+        return call(*inputs) if self.graphs is None else self.graphs.run(name, call, *inputs)
 
     def _turn(self, priorities: Tensor) -> dict[str, Tensor]:
         """Evict, decode and score: all that :meth:`advance` asks of the device."""
