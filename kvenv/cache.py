@@ -152,7 +152,7 @@ class SlotCache(HandedCache):
         if layer == self.num_layers - 1:
             fed = torch.where(valid, positions, -1).amax(dim=1) + 1
             self.next_position.copy_(torch.maximum(self.next_position, fed))
-            self._fed = None
+            self._fed, self._windows = None, []
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
         return output.flatten(1, 2)
 

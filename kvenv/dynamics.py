@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kvenv.attention import HandedCache
 from kvenv.cache import SlotCache
-from kvenv.decode import Losses, collate, feed, read
+from kvenv.decode import collate, feed, read
 from kvenv.features import FeatureSet, Observation
 from kvenv.golden import Reduce
+from kvenv.graphs import Call, Graphs, refuse_what_cannot_be_captured
 from kvenv.limits import Limits, observation_nbytes, refuse_what_cannot_fit
 from kvenv.lookahead import KINDS, FullRows, FutureRows, Kind
 from kvenv.models import LoadedModel
@@ -44,11 +45,14 @@ class Dynamics:
         Budget, windows and lengths.
     features : FeatureSet
         What observations hold.
+    cuda_graph : bool
+        Capture what a step asks of the device, and the observation, in CUDA graphs.
 
     Raises
     ------
     ValueError
-        If no trace of that length can be decoded with that budget, or the observations don't fit in memory.
+        If no trace of that length can be decoded with that budget, the observations don't fit in memory, or steps can't
+        be captured.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Dynamics:
         rows: int,
         limits: Limits,
         features: FeatureSet,
+        cuda_graph: bool = False,
     ) -> None:
         self.loaded, self.model, self.source = loaded, loaded.model, source
         self.rows, self.limits, self.features, self.needs = rows, limits, features, features.needs & FOLLOWED
@@ -68,7 +73,8 @@ class Dynamics:
         width = features.width(shape.head_dim, shape.groups)
         self.feature_shape = (shape.num_layers, shape.kv_heads, self.capacity, width)
         refuse_what_cannot_fit(rows, observation_nbytes(*self.feature_shape), features.name, self.model.device)
-        self.cache = self._new_cache(rows, self.capacity)
+        if cuda_graph:
+            refuse_what_cannot_be_captured(self.model, limits.periodic)
         self.counters = Counters.blank(rows)
         device, columns = self.model.device, limits.trace_length + limits.interval + 1
         self.tokens = torch.zeros(rows, columns, dtype=torch.int64, device=device)
@@ -80,6 +86,8 @@ class Dynamics:
         self._answers_before = np.zeros((rows, columns + 1), np.int64)
         self._full: FullRows | None = None
         self._futures: dict[tuple[Kind, Reduce], FutureRows] = {}
+        self._cuda_graph = cuda_graph
+        self._renew()
 
     @torch.no_grad()
     def begin(
@@ -132,31 +140,18 @@ class Dynamics:
         Tensor (N, L, H, E) int64
             Evicted positions in order, -1 beyond each head's count.
         """
-        running = ~self.finished
-        # Finished rows are trimmed too: then they have free slots for the padding that they are fed.
-        evicted = self.cache.evict(
-            priorities, self._everyone, self.limits.interval if self.limits.periodic else self.capacity
-        )
-        evicted = torch.where(running[:, None, None], evicted, -1).transpose(0, 1)
-        window = (
-            self._decode(self.cache, self.limits.interval, running)
-            if self.limits.periodic
-            else self._decode_rest(running)
-        )
+        scored = self._run("turn", self._turn, priorities)
+        evicted, window = scored.pop("evicted"), self._window(scored)
         now = self.counters
         active = ~now.finished
         now.steps[:] += active
         now.position[:] += active * np.minimum(window.nll.shape[1], now.last - now.position)
         now.finished[:] |= now.position >= now.last
-        if self.limits.periodic:
-            self.finished |= self.cache.next_position >= self.last
-        else:
-            self.finished.fill_(True)
         return window, evicted
 
     def observe(self) -> Observation:
         """Return the observation of every row."""
-        return self.features.observe(self.cache)
+        return self._run("observe", lambda: self.features.observe(self.cache))
 
     def truncate(self, rows: np.ndarray) -> None:
         """End the episodes of some rows (indices) before their traces end."""
@@ -191,7 +186,7 @@ class Dynamics:
                 "call track(needs) before the first step"
             )
         self.needs |= missing
-        self.cache = self._new_cache(self.rows, self.capacity)
+        self._renew()
         if len(begun):
             self._prefill(begun, [self._trace(trace) for trace in self.counters.trace[begun]])
 
@@ -241,7 +236,7 @@ class Dynamics:
                 raise ValueError(f"the snapshot was taken with {name}={theirs!r}, this environment has {mine!r}")
         if snapshot.needs != self.needs:
             self.needs = snapshot.needs
-            self.cache = self._new_cache(self.rows, self.capacity)
+            self._renew()
         own = self.cache.row_tensors()
         for name, (tensor, _) in own.items():
             shape = snapshot.tensors[name].shape if name in snapshot.tensors else None
@@ -264,6 +259,12 @@ class Dynamics:
             return self.source[int(trace)]
         except IndexError as error:
             raise ValueError(str(error)) from error
+
+    def _renew(self) -> None:
+        """Take an empty cache of all rows; what was captured over another is void."""
+        self.cache = self._new_cache(self.rows, self.capacity)
+        state = [tensor for tensor, _ in self.cache.row_tensors().values()]
+        self.graphs = Graphs(self.model.device, [*state, self.finished]) if self._cuda_graph else None
 
     def _new_cache(self, rows: int, capacity: int, needs: Collection[str] | None = None) -> SlotCache:
         """Return an empty cache that follows ``needs``, this environment's if not given."""
@@ -317,15 +318,37 @@ class Dynamics:
         read(self.model, fresh, batch.tokens, batch.positions, batch.valid)
         self.cache.copy_rows(torch.as_tensor(rows, device=device), fresh)
 
-    def _decode(self, cache: SlotCache, columns: int, running: Tensor) -> WindowLosses:
+    def _run(self, name: str, call: Call, *inputs: Tensor) -> dict[str, Tensor]:
+        """Make a call over tensors that stay where they are, by replay if calls are captured."""
+        return call(*inputs) if self.graphs is None else self.graphs.run(name, call, *inputs)
+
+    def _turn(self, priorities: Tensor) -> dict[str, Tensor]:
+        """Evict, decode and score: all that :meth:`advance` asks of the device."""
+        running = ~self.finished
+        # Finished rows are trimmed too: then they have free slots for the padding that they are fed.
+        evicted = self.cache.evict(
+            priorities, self._everyone, self.limits.interval if self.limits.periodic else self.capacity
+        )
+        evicted = torch.where(running[:, None, None], evicted, -1).transpose(0, 1)
+        if self.limits.periodic:
+            scored = self._decode(self.cache, self.limits.interval, running)
+            self.finished |= self.cache.next_position >= self.last
+        else:
+            scored = self._decode_rest(running)
+            self.finished.fill_(True)
+        return scored | {"evicted": evicted}
+
+    def _decode(self, cache: SlotCache, columns: int, running: Tensor) -> dict[str, Tensor]:
         """Feed the next tokens of every running row, teacher-forced, and score their targets."""
         fed = cache.next_position[:, None] + torch.arange(columns, device=self.tokens.device)
         valid = (fed < self.last[:, None]) & running[:, None]
         fed = torch.where(valid, fed, 0)
-        losses = feed(self.model, cache, self.tokens.gather(1, fed), self.tokens.gather(1, fed + 1), fed, valid)
-        return self._window(losses, fed + 1, valid)
+        targets = fed + 1
+        losses = feed(self.model, cache, self.tokens.gather(1, fed), self.tokens.gather(1, targets), fed, valid)
+        answer = self.answer.gather(1, targets) & valid
+        return vars(losses) | {"valid": valid, "answer": answer, "positions": targets}
 
-    def _decode_rest(self, running: Tensor) -> WindowLosses:
+    def _decode_rest(self, running: Tensor) -> dict[str, Tensor]:
         """Decode what is left of every running row into extra slots, which neither stay nor are ever evicted."""
         now = self.counters
         left = int(((now.last - now.position) * ~now.finished).max())
@@ -333,23 +356,15 @@ class Dynamics:
         extended.copy_rows(torch.arange(self.rows, device=self.tokens.device), self.cache)
         parts = [
             self._decode(extended, min(REST_AT_ONCE, left - start), running) for start in range(0, left, REST_AT_ONCE)
-        ]
-        if not parts:
-            parts = [self._decode(extended, 1, running)]
-        losses = Losses(*(torch.cat([getattr(part, x) for part in parts], 1) for x in ("nll", "entropy", "correct")))
-        positions, valid = (torch.cat([getattr(part, x) for part in parts], 1) for x in ("positions", "valid"))
-        return self._window(losses, positions, valid)
+        ] or [self._decode(extended, 1, running)]
+        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
-    def _window(self, losses: Losses, targets: Tensor, valid: Tensor) -> WindowLosses:
-        """Return the losses of targets at positions (N, S) as a reward function gets them."""
+    def _window(self, scored: dict[str, Tensor]) -> WindowLosses:
+        """Return the losses (N, S) of a step as a reward function gets them."""
         traces, anchors = self.counters.trace.copy(), self.counters.anchor.copy()
+        targets, valid = scored["positions"], scored["valid"]
         return WindowLosses(
-            nll=losses.nll,
-            entropy=losses.entropy,
-            correct=losses.correct,
-            valid=valid,
-            answer=self.answer.gather(1, targets) & valid,
-            positions=targets,
+            **scored,
             interval=self.limits.interval,
             run_full=lambda: self._full_rows().at(traces, anchors, targets, valid),
         )

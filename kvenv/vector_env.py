@@ -58,6 +58,11 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         (``_name``) and what the host counts (trace ids, tokens, ...) are always arrays.
     max_episode_steps : int, optional
         Truncate episodes after so many steps.
+    cuda_graph : bool
+        Capture eviction, decoding and observation in CUDA graphs when they are first due, which takes a few calls, and
+        replay them from then on: for small LLMs, whose steps otherwise wait for Python. Needs a CUDA device and the
+        schedule ``periodic``, takes the memory of a step and of an observation for good. Features of one's own must ask
+        the device nothing.
 
     Raises
     ------
@@ -94,6 +99,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         autoreset_mode: str | AutoresetMode = "NextStep",
         output: str = "numpy",
         max_episode_steps: int | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         _one_of("schedule", schedule, SCHEDULES)
         _one_of("output", output, OUTPUTS)
@@ -119,6 +125,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             rows=num_envs,
             limits=limits,
             features=feature_set(features),
+            cuda_graph=cuda_graph,
         )
         self._make_spaces()
         self._generators: tuple[np.random.Generator, ...] = ()

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.bench import SECTIONS, __main__, generate, ranking
+from experiments.bench import SECTIONS, __main__, generate, ranking, step
 from experiments.bench.machine import Machine
 from experiments.bench.measure import Row, alternate, compare
 from experiments.bench.memory import held, peak
 from experiments.bench.models import work
 from experiments.bench.peer import Peer
 from experiments.cli import run
-from tests.models import random_model
+from kvenv import graphs
+from kvenv.models import load_model
+from tests.models import random_model, random_tokens
+from tests.replay import Replay
 
 TIMES = {"ours": np.array([1.0, 2.0, 3.0]), "theirs": np.array([2.0, 4.0, 9.0])}
 
@@ -63,6 +66,22 @@ def test_the_sides_of_ranking_agree() -> None:
     assert set(ranking.sides(64, "cpu")) == {
         "sample", "sample pick by pick", "log-probability", "quadratic log-probability"
     }  # fmt: skip
+
+
+def test_the_captured_forward_is_the_bare_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "backend", Replay())
+    model, tokens = random_model(), random_tokens(2, 12)
+    bare, captured = step.bare_forward(model, tokens, 8, "sdpa"), step.captured_forward(model, tokens, 8)
+    for _ in range(3):
+        torch.testing.assert_close(captured(), bare(), rtol=0, atol=0)
+
+
+def test_captured_steps_are_measured_and_their_capture_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "backend", Replay())
+    rows = list(step.captured("tiny", load_model("tiny"), 2, 1e-3, "cpu"))
+    expected = ["step, {}, captured / bare forward, captured", "warm-up, {}", "capture, {}"]
+    assert [row.metric for row in rows] == [x.format(features) for features in ("kv", "foresight") for x in expected]
+    assert all(row.value > 0 and row.unit == "ms" for row in rows)
 
 
 def allocating(megabytes: int) -> Callable[[], torch.Tensor]:

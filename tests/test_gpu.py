@@ -14,6 +14,8 @@ from kvenv.layerwise import rollout
 from kvenv.models import load_model
 from kvenv.traces import load_traces
 from kvenv.vector_env import KVEvictVectorEnv
+from tests.environments import vector
+from tests.test_graphs import assert_same, story
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -39,11 +41,26 @@ def warm_env(features: str, **changes: object) -> tuple[KVEvictVectorEnv, torch.
     return env, action
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("features", ["kv", "foresight", "stats"])
-def test_a_warm_step_never_waits_for_the_device(features: str, request: pytest.FixtureRequest) -> None:
-    env, action = warm_env(features)
+def test_a_warm_step_never_waits_for_the_device(
+    features: str, cuda_graph: bool, request: pytest.FixtureRequest
+) -> None:
+    env, action = warm_env(features, cuda_graph=cuda_graph)
     request.getfixturevalue("syncs_are_errors")
     env.step(action)
+
+
+@pytest.mark.parametrize(("features", "dtype"), [("kv", "float32"), ("kv", "bfloat16"), ("foresight", "float32")])
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
+def test_captured_episodes_are_the_others(mode: str, features: str, dtype: str) -> None:
+    arguments = {"model": "tiny", "device": "cuda", "dtype": dtype, "output": "torch", "features": features}
+    plain, captured = (
+        story(vector(3, **arguments, autoreset_mode=mode, max_episode_steps=5, cuda_graph=cuda_graph))
+        for cuda_graph in (False, True)
+    )
+    # The same kernels on the same numbers, but libraries may choose them by more than shapes.
+    assert_same(plain, captured, atol=1e-4 if dtype == "float32" else 0.05)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

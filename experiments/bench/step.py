@@ -13,6 +13,7 @@ from experiments.bench.machine import measure
 from experiments.bench.measure import Row, Side, Times, alternate, compare
 from experiments.bench.models import RANDOM, large, register_random_traces, work
 from kvenv.features import feature_set
+from kvenv.graphs import Graphs
 from kvenv.models import LoadedModel, load_model
 from kvenv.ranking import eviction_order
 from kvenv.registry import REWARDS
@@ -34,6 +35,8 @@ def rows(device: str) -> Iterator[Row]:
         yield compare("step", case, times, "bare eager", "bare forward", floor=floor)
         for part in ("features, kv", "features, foresight", "ranking", "eviction", "reward"):
             yield compare("step", case, times, part, "step, foresight")
+        if device.startswith("cuda"):
+            yield from captured(case, loaded, repeats, floor, device)
 
 
 def run(loaded: LoadedModel, repeats: int, device: str) -> Times:
@@ -49,13 +52,28 @@ def run(loaded: LoadedModel, repeats: int, device: str) -> Times:
     return times
 
 
-def environment(loaded: LoadedModel, features: str, steps: int) -> KVEvictVectorEnv:
+def captured(case: str, loaded: LoadedModel, repeats: int, floor: float, device: str) -> Iterator[Row]:
+    """Measure steps and the bare forward in CUDA graphs, and what it took to capture a step and an observation."""
+    envs = {features: environment(loaded, features, repeats, cuda_graph=True) for features in TARGETS[case]}
+    prompt = torch.randint(0, loaded.model.config.vocab_size, (ROWS, BUDGET + INTERVAL), device=device)
+    sides = {f"step, {features}, captured": stepping(env) for features, env in envs.items()}
+    sides["bare forward, captured"] = captured_forward(loaded.model, prompt, BUDGET)
+    times = alternate(sides, repeats, device=device)
+    for features, env in envs.items():
+        yield compare("step", case, times, f"step, {features}, captured", "bare forward, captured", floor=floor)
+        if (graphs := env.dynamics.graphs) is not None:
+            yield Row("step", case, f"warm-up, {features}", 1e3 * graphs.warm_up_seconds, "ms")
+            yield Row("step", case, f"capture, {features}", 1e3 * graphs.capture_seconds, "ms")
+        env.close()
+
+
+def environment(loaded: LoadedModel, features: str, steps: int, cuda_graph: bool = False) -> KVEvictVectorEnv:
     """Return an environment that was reset and has so many steps to go, and some to warm up."""
     register_random_traces()
     env = KVEvictVectorEnv(
         num_envs=ROWS, model=loaded.name, traces=RANDOM, budget=BUDGET, interval=INTERVAL, features=features,
         output="torch", autoreset_mode="SameStep", trace_length=BUDGET + INTERVAL * (steps + 6),
-        device=str(loaded.model.device),
+        device=str(loaded.model.device), cuda_graph=cuda_graph,
     )  # fmt: skip
     env.reset(seed=0)
     return env
@@ -92,17 +110,44 @@ def parts(env: KVEvictVectorEnv) -> dict[str, Side]:
 def bare_forward(model: PreTrainedModel, tokens: Tensor, filled: int, attention: str) -> Side:
     """Return a forward of the last columns over a full cache of the first ``filled``, with logits and NLL."""
     bare = bare_copy(model, attention)
-    window, cache = tokens[:, filled:], DynamicCache(config=bare.config)
-    with torch.no_grad():
-        bare(tokens[:, :filled], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    window, cache = tokens[:, filled:], cached(bare, tokens[:, :filled])
 
     @torch.no_grad()
     def forward() -> Tensor:
-        logits = bare(window, past_key_values=cache, use_cache=True).logits
+        nll = losses(bare, window, cache)
         cache.crop(-window.shape[1])
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), window.flatten(), reduction="none")
+        return nll
 
     return forward
+
+
+def captured_forward(model: PreTrainedModel, tokens: Tensor, filled: int) -> Side:
+    """Return the same on SDPA, captured in a CUDA graph."""
+    bare, graphs = bare_copy(model, "sdpa"), Graphs(tokens.device)
+    window, cache = tokens[:, filled:], cached(bare, tokens[:, :filled])
+    filled_layers = [vars(layer).copy() for layer in cache.layers]
+
+    def forward() -> dict[str, Tensor]:
+        # A crop would leave views of what the call made, but a graph reads pairs where they were when it was captured.
+        for layer, before in zip(cache.layers, filled_layers, strict=True):
+            vars(layer).update(before)
+        return {"nll": losses(bare, window, cache)}
+
+    return lambda: graphs.run("forward", forward)["nll"]
+
+
+@torch.no_grad()
+def cached(bare: PreTrainedModel, tokens: Tensor) -> DynamicCache:
+    """Return a cache of tokens."""
+    cache = DynamicCache(config=bare.config)
+    bare(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def losses(bare: PreTrainedModel, window: Tensor, cache: DynamicCache) -> Tensor:
+    """Return the NLL of a window over a cache, which grows by it."""
+    logits = bare(window, past_key_values=cache, use_cache=True).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), window.flatten(), reduction="none")
 
 
 def bare_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
