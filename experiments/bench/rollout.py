@@ -1,18 +1,21 @@
-"""Layer-by-layer rollouts against stepping, and against the bare model fed window by window."""
+"""Layer-by-layer rollouts against stepping, against the bare model fed window by window, and compiled windows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import agents
 from experiments.bench.measure import Row, Side, alternate, compare
 from experiments.bench.step import bare_copy
+from kvenv.cache import SlotCache
+from kvenv.decode import collate, feed
 from kvenv.expert import policy_action
-from kvenv.layerwise import Policy, rollout
+from kvenv.layerwise import Policy, Rollout, rollout
 from kvenv.models import LoadedModel, load_model
 from kvenv.traces import Trace, load_traces
 from kvenv.vector_env import KVEvictVectorEnv
@@ -37,6 +40,7 @@ def rows(device: str) -> Iterator[Row]:
             policy = agents.make(name)
             sides[f"rollout, {name}"] = rolling(policy, loaded, traces)
             sides[f"stepping, {name}"] = stepping(policy, loaded, count, device)
+            sides[f"compiled windows, {name}"] = compiled_windows(policy, loaded, traces)
         times = alternate(sides, 9, warmup=1, device=device)
         tokens, case = count * (TOKENS - 1), f"N = {count}"
         authors = np.median(times["chunked forward"]) * CHUNKED[count] / AUTHORS[count]
@@ -47,9 +51,10 @@ def rows(device: str) -> Iterator[Row]:
             stepped = f">= {TIMES_STEPPING[count]}"
             yield compare("rollout", case, times, ours, f"stepping, {name}", amount=tokens, target=stepped)
             yield compare("rollout", case, times, ours, "chunked forward", amount=tokens)
+            yield compare("rollout", case, times, f"compiled windows, {name}", ours, amount=tokens)
 
 
-def rolling(policy: Policy, loaded: LoadedModel, traces: list[Trace]) -> Side:
+def rolling(policy: Policy, loaded: LoadedModel, traces: list[Trace]) -> Callable[[], Rollout]:
     """Return a rollout of traces."""
     return lambda: rollout(policy, traces, model=loaded.model, budget=BUDGET, interval=INTERVAL)
 
@@ -68,6 +73,38 @@ def stepping(policy: Policy, loaded: LoadedModel, count: int, device: str) -> Si
         for _ in range(windows):
             env.step(policy_action(env, policy))
 
+    return run
+
+
+def compiled_windows(policy: Policy, loaded: LoadedModel, traces: list[Trace]) -> Side:
+    """Return the rollout window by window, each an eviction and a forward call, compiled as a whole."""
+    model = loaded.model
+    batch = collate(
+        [trace.tokens for trace in traces],
+        prompt_lengths=[trace.prompt_length for trace in traces],
+        anchors=BUDGET + INTERVAL,
+        interval=INTERVAL,
+        device=model.device,
+    )
+
+    @torch.no_grad()
+    def window(cache: SlotCache, *fed: Tensor) -> Tensor:
+        return feed(model, cache, *fed).nll
+
+    options = {"freezing": True, "cpp_wrapper": True} if model.device.type == "cpu" else {"triton.cudagraphs": True}
+    compiled = torch.compile(window, dynamic=False, fullgraph=True, options=options)  # type: ignore[call-overload]
+    fed = (batch.tokens, batch.targets, batch.positions, batch.valid)
+
+    def run() -> Tensor:
+        cache = SlotCache(
+            model, rows=len(traces), capacity=BUDGET + INTERVAL, interval=INTERVAL, budget=BUDGET, policy=policy
+        )
+        cache.prompt_length.copy_(batch.prompt_length)
+        parts = zip(*(x.split(INTERVAL, dim=1) for x in fed), strict=True)
+        return torch.cat([compiled(cache, *part) for part in parts], dim=1)
+
+    plain = rolling(policy, loaded, traces)()
+    torch.testing.assert_close(batch.by_position(run(), TOKENS - 1), plain.losses.nll, rtol=1e-3, atol=1e-3)
     return run
 
 
