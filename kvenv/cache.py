@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvenv import noise
+from kvenv import fused, noise
 from kvenv.attention import BEYOND, HandedCache, attend_block, attention_probabilities, causal_bias
 from kvenv.ranking import evict, eviction_order
 from kvenv.rotary import Rotary
@@ -277,10 +277,14 @@ class SlotCache(HandedCache):
         if self.statistics is not None:
             self.statistics.forget(layer, slots)
 
+    def held(self, layer: int) -> Tensor:
+        """Return the position of what each slot of a layer holds (N, H, 1, C), :data:`BEYOND` where it is empty."""
+        held = self.positions[layer]
+        return torch.where(held < 0, BEYOND, held.to(self.precise))[:, :, None]
+
     def bias(self, layer: int, reach: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the additive mask (N, H, S, C) of queries at positions ``reach`` (N, 1, S, 1) over a layer's slots."""
-        held = self.positions[layer]
-        return causal_bias(reach, torch.where(held < 0, BEYOND, held.to(self.precise))[:, :, None], dtype)
+        return causal_bias(reach, self.held(layer), dtype)
 
     def candidates(self) -> Tensor:
         """Return the mask (L, N, H, C) of evictable slots."""
@@ -386,6 +390,12 @@ class SlotCache(HandedCache):
             self.query_valid.copy_(newest(window.valid, self.interval, dim=1))
         if self.statistics is None:
             return attend_block(query, keys, values, self.bias(layer, window.reach, query.dtype), scaling)
+        if fused.serves(query):
+            case = (query, keys, values, window.reach, self.held(layer), window.spans[:, 0, 0])
+            attended = fused.attend(*case, scaling, extremes=True)
+            largest, smallest = attended.extremes.unbind(dim=3)
+            self.statistics.add_reduced(layer, attended.sums, largest, smallest, window)
+            return attended.output
         probabilities = attention_probabilities(query, keys, self.bias(layer, window.reach, self.precise), scaling)
         self.statistics.add(layer, probabilities, window)
         mixed = probabilities.flatten(2, 3).to(values.dtype) @ values

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvenv import fused
 from kvenv.attention import BEYOND, HandedCache, attention_probabilities, causal_bias
 from kvenv.decode import Batch, Losses, collate, feed, read
 
@@ -130,12 +131,33 @@ class WindowedCache(HandedCache):
         for start in range(0, columns, self.interval):
             window = slice(start, start + self.interval)
             stop = total - columns + window.stop
-            bias = causal_bias(column[stop - self.interval : stop, None], held[..., :stop], dtype)
-            probabilities = attention_probabilities(query[:, :, :, window], key[:, :, :stop], bias, scaling)
-            self.see(layer, start // self.interval, probabilities, valid[:, window])
-            mixed = probabilities.flatten(2, 3).to(value.dtype) @ value[:, :, :stop]
-            outputs.append(mixed.view(*query.shape[:3], self.interval, -1))
+            pairs = key[:, :, :stop], value[:, :, :stop]
+            places = column[stop - self.interval : stop, None], held[..., :stop]
+            number = start // self.interval
+            outputs.append(
+                self._attend(layer, number, query[:, :, :, window], pairs, places, valid[:, window], scaling)
+            )
         return torch.cat(outputs, dim=3).flatten(1, 2)
+
+    def _attend(
+        self,
+        layer: int,
+        window: int,
+        query: Tensor,
+        pairs: tuple[Tensor, Tensor],
+        places: tuple[Tensor, Tensor],
+        valid: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """Attend with a window's queries (N, H, G, W, D) to the first C pairs, and show the attention.
+
+        ``places`` are what :func:`causal_bias` takes: the reach of the queries and where the pairs are held.
+        """
+        key, value = pairs
+        bias = causal_bias(*places, torch.promote_types(key.dtype, torch.float32))
+        probabilities = attention_probabilities(query, key, bias, scaling)
+        self.see(layer, window, probabilities, valid)
+        return (probabilities.flatten(2, 3).to(value.dtype) @ value).view(query.shape)
 
 
 class RecordingCache(WindowedCache):
@@ -181,7 +203,31 @@ class RecordingCache(WindowedCache):
             score = (probabilities.amax(dim=2) * weights).sum(dim=2)
         else:
             score = (probabilities.mean(dim=2) * weights).sum(dim=2) / weights.sum(dim=2).clamp(min=1)
+        self._keep(layer, window, score)
+
+    def _keep(self, layer: int, window: int, score: Tensor) -> None:
+        """Keep the block scores (N, H, C) of a window."""
         self.scores[layer][:, :, window, : score.shape[-1]] = score
+
+    def _attend(
+        self,
+        layer: int,
+        window: int,
+        query: Tensor,
+        pairs: tuple[Tensor, Tensor],
+        places: tuple[Tensor, Tensor],
+        valid: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """Attend and keep the block scores, fused where that is possible."""
+        if not fused.serves(query):
+            return super()._attend(layer, window, query, pairs, places, valid, scaling)
+        weights = valid.to(self.scores[layer].dtype)[:, None]
+        if self.reduce == "max":
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1)
+        attended = fused.attend(query, *pairs, *places, weights, scaling, largest_of_group=self.reduce == "sum")
+        self._keep(layer, window, attended.sums[..., 0, :].mean(dim=2))
+        return attended.output
 
     def future(self, pad: Tensor) -> FutureAttention:
         """Return the utilities after the pass; the block scores are turned into them in place."""

@@ -41,11 +41,28 @@ class WindowStatistics:
 
     def add(self, layer: int, probabilities: Tensor, window: Window) -> None:
         """Take in the attention (N, H, G, S, C) of a window's queries over the slots."""
-        values = self.values[layer]
         # Factors instead of masks, which a CPU takes three times as long for; padding counts as 0 for max, 1 for min.
-        values[..., _LARGEST, :] = (probabilities * window.seen).amax(dim=3)
-        values[..., _SMALLEST, :] = (probabilities + window.unseen).amin(dim=3) * window.present
-        sums = window.spans @ probabilities
+        largest = (probabilities * window.seen).amax(dim=3)
+        smallest = (probabilities + window.unseen).amin(dim=3)
+        self.add_reduced(layer, window.spans @ probabilities, largest, smallest, window)
+
+    def add_reduced(self, layer: int, sums: Tensor, largest: Tensor, smallest: Tensor, window: Window) -> None:
+        """Take in attention that is reduced over a window's queries already.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the layer.
+        sums : Tensor (N, H, G, 5, C)
+            Its sums by :attr:`kvenv.windows.Window.spans`.
+        largest, smallest : Tensor (N, H, G, C)
+            Its extremes; ``largest`` is 0 where the window is empty.
+        window : Window
+            The queries.
+        """
+        values = self.values[layer]
+        values[..., _LARGEST, :] = largest
+        values[..., _SMALLEST, :] = smallest * window.present
         values[..., _SUMS, :] = sums[..., :-1, :]
         values[..., _HISTORY, :] = values[..., _HISTORY, :] * window.fading + sums[..., :1, :]
         self.last[layer] = sums[..., -1, :]

@@ -9,7 +9,9 @@ import torch
 
 import agents
 from agents.imitation import ImitationConfig, ImitationLearner
-from kvenv.golden import future_attention
+from kvenv import fused
+from kvenv.attention import BEYOND
+from kvenv.golden import RecordingCache, Reduce, future_attention
 from kvenv.layerwise import rollout
 from kvenv.models import load_model
 from kvenv.traces import load_traces
@@ -102,3 +104,43 @@ def test_imitation_trains_there() -> None:
     learner = ImitationLearner(loaded.model, source, ImitationConfig(updates=6, num_traces=8))
     losses = [learner.update()["loss/ranking"] for _ in range(6)]
     assert sum(losses[-2:]) < sum(losses[:2])
+
+
+@pytest.mark.parametrize("dtype", fused.DTYPES)
+@pytest.mark.parametrize("head_dim", [48, 64, 96, 128])
+@pytest.mark.parametrize(("queries", "slots"), [(1, 1), (16, 1280), (256, 1280), (256, 8192)])
+def test_fused_attention_is_that_of_pytorch(dtype: torch.dtype, head_dim: int, queries: int, slots: int) -> None:
+    rng = torch.Generator("cuda").manual_seed(0)
+    query = torch.randn(2, 4, 4, queries, head_dim, generator=rng, device="cuda").to(dtype)
+    key, value = torch.randn(2, 2, slots, 4, head_dim, generator=rng, device="cuda").to(dtype).transpose(2, 3)
+    held = torch.rand(2, 4, 1, slots, generator=rng, device="cuda").argsort(dim=-1).float()
+    held = torch.where(held < slots // 10, BEYOND, held)
+    reach = torch.arange(slots - queries, slots, device="cuda").float()[:, None] - slots // 2
+    weights = torch.rand(2, 5, queries, generator=rng, device="cuda") * (torch.arange(queries, device="cuda") >= 3)
+    case = (query, key, value, reach, held, weights, head_dim**-0.5)
+    rounding = max(1e-4, 4 * torch.finfo(dtype).eps)
+    for extremes, largest_of_group in ((True, False), (False, False), (False, True)):
+        options = {"extremes": extremes, "largest_of_group": largest_of_group}
+        ours, exact = fused.attend(*case, **options), fused.reference(*case, **options)
+        torch.testing.assert_close(ours.output.double(), exact.output, rtol=rounding, atol=rounding)
+        torch.testing.assert_close(ours.sums.double(), exact.sums, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.extremes.double(), exact.extremes, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fused_attention_serves_there(dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = load_model("tiny", device="cuda", dtype=dtype).model
+    head_dim = RecordingCache(model, interval=16).head_dim
+    assert fused.serves(torch.zeros(1, head_dim, dtype=model.dtype, device="cuda")), caplog.text
+
+
+@pytest.mark.parametrize("reduce", ["max", "sum"])
+def test_fused_and_unfused_golden_agree(reduce: Reduce, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model("tiny", device="cuda")
+    tokens = load_traces("tracking", tokenizer=loaded.tokenizer, trace_length=512)[0].tokens
+    utility = []
+    for _ in range(2):
+        future, *_ = future_attention(loaded.model, [tokens], interval=16, anchors=80, reduce=reduce)
+        utility.append(future.utility)
+        monkeypatch.setattr(fused, "serves", lambda query: False)
+    torch.testing.assert_close(*utility, atol=1e-4, rtol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,8 +92,9 @@ def compiled_windows(policy: Policy, loaded: LoadedModel, traces: list[Trace]) -
     def window(cache: SlotCache, *fed: Tensor) -> Tensor:
         return feed(model, cache, *fed).nll
 
-    options = {"freezing": True, "cpp_wrapper": True} if model.device.type == "cpu" else {"triton.cudagraphs": True}
-    compiled = torch.compile(window, dynamic=False, fullgraph=True, options=options)  # type: ignore[call-overload]
+    on_cpu = model.device.type == "cpu"
+    options: dict[str, Any] = {"freezing": True, "cpp_wrapper": True} if on_cpu else {"triton.cudagraphs": True}
+    compiled = torch.compile(window, dynamic=False, fullgraph=True, options=options)
     fed = (batch.tokens, batch.targets, batch.positions, batch.valid)
 
     def run() -> Tensor:
