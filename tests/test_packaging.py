@@ -69,7 +69,7 @@ def test_arrows_point_one_way() -> None:
 
 
 def test_the_constraints_allow_what_pyproject_asks_for() -> None:
-    """Every direct dependency, development tools included, is pinned to a version inside its range."""
+    """Every direct dependency, development tools included, is pinned to a version inside its range: all but Triton."""
     from packaging.requirements import Requirement
 
     # tomllib is new in Python 3.11; the lists are plain enough for a regular expression.
@@ -83,7 +83,9 @@ def test_the_constraints_allow_what_pyproject_asks_for() -> None:
             pin = Requirement(line)
             pinned[pin.name.lower().replace("_", "-")] = str(pin.specifier).removeprefix("==")
     assert len(wanted) > 15
+    # A PyTorch for CUDA asks for a version of Triton of its own: another pin would make it impossible to install.
+    assert {requirement.name for requirement in wanted if requirement.name not in pinned} == {"triton"}
     for requirement in wanted:
-        assert pinned[requirement.name] in requirement.specifier, f"{requirement}: pinned {pinned[requirement.name]}"
-    assert {requirement.name for requirement in wanted if requirement.marker} == {"triton"}
+        pin = pinned.get(requirement.name)
+        assert pin is None or pin in requirement.specifier, f"{requirement}: pinned {pin}"
     assert not [version for version in pinned.values() if "+" in version], "a local suffix matches one build only"
