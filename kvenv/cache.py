@@ -382,22 +382,29 @@ class SlotCache(HandedCache):
 
     def _attend(self, layer: int, query: Tensor, window: Window, scaling: float) -> Tensor:
         """Attend over the slots and take from the queries what the policy needs."""
-        keys, values = self.keys[layer], self.values[layer]
         if self.moments is not None:
             self.moments.add(layer, query, window.positions, window.valid)
         if "queries" in self.needs:
             self.queries[layer] = newest(query, self.interval, dim=3)
             self.query_valid.copy_(newest(window.valid, self.interval, dim=1))
         if self.statistics is None:
-            return attend_block(query, keys, values, self.bias(layer, window.reach, query.dtype), scaling)
+            bias = self.bias(layer, window.reach, query.dtype)
+            return attend_block(query, self.keys[layer], self.values[layer], bias, scaling)
+        return self.attend_and_count(self.statistics, layer, query, window, scaling)
+
+    def attend_and_count(
+        self, statistics: WindowStatistics, layer: int, query: Tensor, window: Window, scaling: float
+    ) -> Tensor:
+        """Attend over a layer's slots, and add what they receive to the statistics."""
+        keys, values = self.keys[layer], self.values[layer]
         if fused.serves(query):
             case = (query, keys, values, window.reach, self.held(layer), window.spans[:, 0, 0])
             attended = fused.attend(*case, scaling, extremes=True)
             largest, smallest = attended.extremes.unbind(dim=3)
-            self.statistics.add_reduced(layer, attended.sums, largest, smallest, window)
+            statistics.add_reduced(layer, attended.sums, largest, smallest, window)
             return attended.output
         probabilities = attention_probabilities(query, keys, self.bias(layer, window.reach, self.precise), scaling)
-        self.statistics.add(layer, probabilities, window)
+        statistics.add(layer, probabilities, window)
         mixed = probabilities.flatten(2, 3).to(values.dtype) @ values
         return mixed.view(query.shape)
 

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvenv.attention import (
-    READY,
-    HandedCache,
-    attend_block,
-    attention_probabilities,
-    restore,
-    use_kvenv_attention,
-)
+from kvenv.attention import READY, HandedCache, attend_block, restore, use_kvenv_attention
 from kvenv.cache import SlotCache
 from kvenv.state import LayerState, Protection, check_integer
 from kvenv.token_step import TokenStep
@@ -359,5 +352,4 @@ class EvictingCache(HandedCache):
         if slots.moments is not None:
             slots.moments.add(layer, queries, ended.positions, ended.valid)
         if slots.statistics is not None:
-            bias = slots.bias(layer, ended.reach, slots.precise)
-            slots.statistics.add(layer, attention_probabilities(queries, slots.keys[layer], bias, scaling), ended)
+            slots.attend_and_count(slots.statistics, layer, queries, ended, scaling)
