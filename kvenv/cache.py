@@ -120,7 +120,7 @@ class SlotCache(HandedCache):
         if "queries" in self.needs:
             window = (self.num_layers, rows, self.kv_heads, self.groups, interval, self.head_dim)
             self.queries = torch.zeros(window, dtype=model.dtype, device=device)
-            self.query_valid = torch.zeros(rows, interval, dtype=torch.bool, device=device)
+            self.query_valid = torch.zeros(self.num_layers, rows, interval, dtype=torch.bool, device=device)
         self.future: FutureAttention | None = None
         self.expected_future: FutureAttention | None = None
         self.on_eviction: Callable[[LayerState, Tensor, Tensor], None] | None = None
@@ -197,7 +197,7 @@ class SlotCache(HandedCache):
             stats=self.statistics.of(layer) if self.statistics and "stats" in wanted else None,
             last_attention=self.statistics.last[layer] if self.statistics and "last_attention" in wanted else None,
             queries=self.queries[layer] if "queries" in wanted else None,
-            query_valid=self.query_valid if "queries" in wanted else None,
+            query_valid=self.query_valid[layer] if "queries" in wanted else None,
             query_mean=moments.mean(layer) if moments else None,
             query_cov=moments.covariance(layer) if moments else None,
             rotary=self.rotary,
@@ -327,7 +327,7 @@ class SlotCache(HandedCache):
         if self.moments:
             tensors |= self.moments.row_tensors()
         if "queries" in self.needs:
-            tensors |= {"queries": (self.queries, 1), "query_valid": (self.query_valid, 0)}
+            tensors |= {"queries": (self.queries, 1), "query_valid": (self.query_valid, 1)}
         return tensors
 
     def resize(self, capacity: int) -> None:
@@ -372,7 +372,7 @@ class SlotCache(HandedCache):
         cuts = [0, columns]
         if columns > self.interval and (self.statistics is not None or self.policy is not None):
             prefix = 0 if self.statistics is not None else self.first_decision
-            cuts = sorted({0, *range(prefix, columns, self.interval), columns})
+            cuts = sorted({0, *range(max(prefix, 0), columns, self.interval), columns})
         return cut(positions, valid, cuts, self.precise)
 
     def _excess(self, positions: Tensor, active: Tensor) -> Tensor:
@@ -386,7 +386,7 @@ class SlotCache(HandedCache):
             self.moments.add(layer, query, window.positions, window.valid)
         if "queries" in self.needs:
             self.queries[layer] = newest(query, self.interval, dim=3)
-            self.query_valid.copy_(newest(window.valid, self.interval, dim=1))
+            self.query_valid[layer].copy_(newest(window.valid, self.interval, dim=1))
         if self.statistics is None:
             bias = self.bias(layer, window.reach, query.dtype)
             return attend_block(query, self.keys[layer], self.values[layer], bias, scaling)

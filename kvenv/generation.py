@@ -348,7 +348,7 @@ class EvictingCache(HandedCache):
     def _look(self, slots: SlotCache, layer: int, ended: Window, scaling: float) -> None:
         """Take from the queries of windows that ended what the policy needs."""
         queries = slots.queries[layer]
-        slots.query_valid.copy_(ended.valid)
+        slots.query_valid[layer].copy_(ended.valid)
         if slots.moments is not None:
             slots.moments.add(layer, queries, ended.positions, ended.valid)
         if slots.statistics is not None:

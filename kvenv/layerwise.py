@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvenv.cache import SlotCache
-from kvenv.decode import Losses, collate, feed
+from kvenv.decode import Batch, Losses, collate, feed
 from kvenv.golden import FutureAttention
 from kvenv.models import check_positions
 from kvenv.ranking import eviction_order
@@ -54,6 +54,10 @@ class Rollout:
 
     losses: Losses
     agreement: Tensor | None
+
+
+TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65_536}
+"""Tokens fed in one call of the model: a CPU's caches hold the activations of no more, a GPU's memory does."""
 
 
 class Agreement:
@@ -215,7 +219,19 @@ def rollout(
             hook(state, order, count)
 
     cache.on_eviction = tell_hooks if hooks else None
-    losses = feed(model, cache, batch.tokens, batch.targets, batch.positions, batch.valid)
+    losses = _feed_in_parts(model, cache, batch, interval)
     length = max(len(trace.tokens) for trace in traces) - 1
     aligned = Losses(*(batch.by_position(x, length) for x in (losses.nll, losses.entropy, losses.correct)))
     return Rollout(aligned, counter.mean() if counter else None)
+
+
+def _feed_in_parts(model: PreTrainedModel, cache: SlotCache, batch: Batch, interval: int) -> Losses:
+    """Feed a batch in calls of whole windows whose activations stay small, and score its targets."""
+    at_once = TOKENS_AT_ONCE["cpu" if model.device.type == "cpu" else "cuda"]
+    at_once = max(at_once // (len(batch.tokens) * interval), 1) * interval
+    parts = []
+    for part in zip(*(x.split(at_once, dim=1) for x in (batch.tokens, batch.targets, batch.positions, batch.valid))):
+        parts.append(feed(model, cache, *part))
+        # Which columns decide is told by the column of the call.
+        cache.first_decision, cache.last_decision = cache.first_decision - at_once, cache.last_decision - at_once
+    return Losses(*(torch.cat([getattr(part, x) for part in parts], 1) for x in ("nll", "entropy", "correct")))

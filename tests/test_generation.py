@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import numpy as np
@@ -242,7 +243,7 @@ def test_sampling_eos_and_streamers_work_as_ever(tiny_model) -> None:
 
 
 def test_the_model_is_switched_and_switched_back(caplog: pytest.LogCaptureFixture) -> None:
-    model = random_model("llama", torch.float32)
+    model = copy.deepcopy(random_model("llama", torch.float32))  # one that no other test has switched
     before = model.config._attn_implementation
     with pytest.raises(ValueError, match="wasn't switched"):
         kvenv.restore(model)

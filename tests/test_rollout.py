@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from kvenv import layerwise
 from kvenv.cache import SlotCache
 from kvenv.golden import future_attention
 from kvenv.layerwise import check_budget, rollout
@@ -136,6 +138,28 @@ def test_stepping_equals_the_layer_by_layer_rollout(shape: dict, needs: tuple[st
     losses, stepped, _ = step_through(Mixed(*needs), traces, model=model, future=future, **shape)
     assert torch.equal(stepped.lost_at, recorder.lost_at)
     torch.testing.assert_close(losses, result.losses.nll, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["periodic", "prefill"])
+@settings(max_examples=8)
+@given(shape=SHAPES, needs=st.sampled_from([(), ("stats", "queries", "query_moments")]), at_once=st.integers(1, 60))
+def test_the_parts_that_a_rollout_is_fed_in_change_nothing(
+    schedule: str, shape: dict, needs: tuple[str, ...], at_once: int
+) -> None:
+    model = kvenv_model()
+    traces = random_traces(shape.pop("lengths"), seed=shape["seed"])
+    # What is to be evicted from is longer than the budget, where the trace is.
+    traces = [replace(trace, prompt_length=max(1, len(trace.tokens) - 2)) for trace in traces]
+    shape |= {"schedule": schedule, "model": model}
+    with pytest.MonkeyPatch.context() as patch:
+        recorders = whole, parted = Recorder(model, traces), Recorder(model, traces)
+        results = []
+        for recorder, tokens in zip(recorders, (10**6, at_once), strict=True):
+            patch.setattr(layerwise, "TOKENS_AT_ONCE", {"cpu": tokens})
+            results.append(rollout(Mixed(*needs), traces, on_eviction=recorder, **shape))
+    torch.testing.assert_close(results[0].losses.nll, results[1].losses.nll, rtol=0, atol=1e-9)
+    for row, trace in enumerate(traces):
+        assert torch.equal(whole.of(row, trace), parted.of(row, trace))
 
 
 def test_the_seed_decides() -> None:
