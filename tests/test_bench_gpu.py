@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import kvenv
+from agents.keydiff import KeyDiff
 from experiments.bench import GPU_ONLY, SECTIONS, __main__, gpu
 from experiments.bench.machine import Machine
 from experiments.bench.measure import Side, Times
@@ -20,7 +21,7 @@ from experiments.cli import run
 from kvenv import graphs
 from kvenv.state import Protection
 from tests.models import random_tokens
-from tests.policies import Mixed, kvenv_model
+from tests.policies import kvenv_model
 from tests.replay import Replay
 from tests.test_generation import generate
 
@@ -41,15 +42,17 @@ def model() -> PreTrainedModel:
 
 
 @pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("policy", ["scorer", "bare"])
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
-def test_the_captured_loop_tells_the_tokens_of_generate(architecture: str, policy: str) -> None:
+def test_the_captured_loop_tells_the_tokens_of_generate(architecture: str, policy: str, captured: bool) -> None:
     model, prompt, new = kvenv_model(architecture), random_tokens(2, 21), 30
-    chosen = gpu.scorer(model) if policy == "scorer" else Mixed()
+    chosen = gpu.scorer(model) if policy == "scorer" else KeyDiff()
     terms: dict[str, Any] = {"budget": 16, "interval": 4, "protection": PROTECTION}
     theirs = kvenv.EvictingCache(model, chosen, **terms)
     told = generate(model, prompt, torch.ones_like(prompt), theirs, new)
     ours = ToldCache(model, chosen, **terms)
+    ours.captured = captured
     with torch.no_grad():
         first = model(prompt, past_key_values=ours, logits_to_keep=1).logits.argmax(-1)
     tokens, found = told_tokens(ours, first), [prompt, first]
@@ -57,14 +60,16 @@ def test_the_captured_loop_tells_the_tokens_of_generate(architecture: str, polic
         ours.next_token()
         found.append(tokens.next())
     assert torch.equal(torch.cat(found, dim=1), told)
+    assert (ours.graphs is not None) == captured
     assert torch.equal(ours.positions, theirs.positions)
     full = generate(model, prompt, torch.ones_like(prompt), None, new)
     assert not torch.equal(told, full), "evicting changed nothing, so the test tests nothing"
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_windows_over_random_pairs_keep_the_budget_and_the_newest(model: PreTrainedModel) -> None:
-    tokens = EvictingTokens(model, gpu.scorer(model), rows=3, budget=16, interval=4)
+@pytest.mark.parametrize("captured", [False, True])
+def test_windows_over_random_pairs_keep_the_budget_and_the_newest(model: PreTrainedModel, captured: bool) -> None:
+    tokens = EvictingTokens(model, gpu.scorer(model), rows=3, budget=16, interval=4, captured=captured)
     held = tokens.cache.positions
     assert held.sort().values.tolist() == torch.arange(20).expand(held.shape).tolist()
     for window in range(3):
@@ -126,17 +131,22 @@ def test_decoding_is_compared_with_bandwidth_and_static_cache(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eviction, window = "features, scorer and eviction", "decoding 4 tokens"
-    taken = {eviction: [0.1, 0.1], window: [1.9, 1.9], "StaticCache": [4.0, 4.0]}
+    taken = {
+        eviction: [0.1, 0.1], window: [1.9, 1.9], "StaticCache": [4.0, 4.0],
+        f"{eviction}, not captured": [0.2, 0.2], f"{window} after that": [2.0, 2.0],
+    }  # fmt: skip
     timed(monkeypatch, taken.__getitem__)
     moved = sum(work(model, 1, 1, 16 + number)[0] for number in range(4))
     machine = Machine(bytes_per_second=moved / 1.5, flops=1e30)
-    loop, share, part, *captures = gpu.decoding("m", model, gpu.scorer(model), machine, SIZES, "cpu")
+    loop, share, part, eager, *captures = gpu.decoding("m", model, gpu.scorer(model), machine, SIZES, "cpu")
     assert (loop.case, loop.metric, loop.unit) == ("m, batch 1, budget 16", "EvictingCache / StaticCache", "tokens/s")
     assert (loop.value, loop.baseline, loop.ratio, loop.floor) == pytest.approx((2.0, 1.0, 2.0, 4 / 1.5))
     assert (share.value, share.baseline, share.ratio) == pytest.approx((moved / 2e9, moved / 1.5e9, 0.75))
     assert (part.metric, part.ratio) == (f"{eviction} / {window}", pytest.approx(0.1 / 1.9))
     assert (share.met, part.met) == (True, False)
-    names = [f"{what}, {cache}" for cache in ("EvictingCache", "StaticCache") for what in ("warm-up", "capture")]
+    assert eager.ratio == pytest.approx(0.2 / 1.9)
+    captured = ("EvictingCache", "StaticCache", "eviction")
+    names = [f"{what}, {cache}" for cache in captured for what in ("warm-up", "capture")]
     assert [row.metric for row in captures] == names
     assert all(row.value > 0 for row in captures)
 

@@ -1,7 +1,8 @@
 """What one large GPU is to reach: random weights in the shapes of Qwen3-4B and Qwen2.5-7B, bfloat16, budget 1,024.
 
 Decoding at batch 1 beside the bytes it must read, an eviction beside the decoding of its window, throughput beside the
-full cache's, and a step of the environment at batch 64 beside a bare forward. All forwards are captured in CUDA graphs.
+full cache's, and a step of the environment at batch 64 beside a bare forward. All forwards are captured in CUDA graphs,
+evictions at batch 1 and in the environment as well.
 """
 
 from __future__ import annotations
@@ -77,15 +78,19 @@ def scorer(model: PreTrainedModel) -> ScorerPolicy:
 def decoding(
     name: str, model: PreTrainedModel, policy: ScorerPolicy, machine: Machine, sizes: Sizes, device: str
 ) -> Iterator[Row]:
-    """Measure a decode loop at batch 1, its evictions included and apart, beside transformers' static cache."""
+    """Measure a decode loop at batch 1 beside transformers' static cache, and the evictions in it, captured and not."""
     budget, interval = sizes.budget, sizes.interval
-    ours = EvictingTokens(model, policy, rows=1, budget=budget, interval=interval)
+    ours, eager = (
+        EvictingTokens(model, policy, rows=1, budget=budget, interval=interval, captured=captured)
+        for captured in (True, False)
+    )
     static = StaticTokens(model, budget, budget + interval)
     eviction, window, loop = "features, scorer and eviction", f"decoding {interval:,} tokens", "EvictingCache"
     sides: dict[str, Side] = {
-        eviction: ours.evict, window: ours.decode, "StaticCache": lambda: static.decode(interval)
+        eviction: ours.evict, window: ours.decode, "StaticCache": lambda: static.decode(interval),
+        f"{eviction}, not captured": eager.evict, f"{window} after that": eager.decode,
     }  # fmt: skip
-    times = alternate(sides, sizes.repeats, device=device)
+    times = alternate(sides, sizes.repeats, warmup=3, device=device)
     times[loop] = times[eviction] + times[window]
     case = f"{name}, batch 1, budget {budget:,}"
     moved, computed = np.sum([work(model, 1, 1, budget + number) for number in range(interval)], axis=0)
@@ -93,8 +98,11 @@ def decoding(
     yield compare("gpu", case, times, loop, "StaticCache", amount=interval, floor=floor)
     yield share(case, moved / float(np.median(times[loop])), machine.bytes_per_second)
     yield compare("gpu", case, times, eviction, window, target="<= 0.015")
+    yield compare("gpu", case, times, f"{eviction}, not captured", window)
     yield from captures(case, loop, ours.graphs)
     yield from captures(case, "StaticCache", static.graphs)
+    if ours.cache.graphs is not None:
+        yield from captures(case, "eviction", ours.cache.graphs)
 
 
 def share(case: str, bytes_per_second: float, copied: float) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from kvenv.attention import HandedCache
-from kvenv.generation import EvictingCache
+from kvenv.cache import SlotCache
+from kvenv.generation import Block, EvictingCache
 from kvenv.graphs import Graphs
 from kvenv.state import LayerState
+from kvenv.token_step import TokenStep
+from kvenv.windows import Window
 
 
 class Tokens:
@@ -75,13 +79,50 @@ class Tokens:
 
 
 class ToldCache(EvictingCache):
-    """An :class:`EvictingCache` that is told of every single token, since a replayed model asks for nothing."""
+    """An :class:`EvictingCache` that is told of every single token, since a replayed model asks for nothing.
+
+    Attributes
+    ----------
+    captured : bool
+        Whether evictions are captured as well, once every window is a full one of all rows.
+    graphs : Graphs or None
+        The captured eviction, once there is one.
+    """
+
+    captured = False
+    graphs: Graphs | None = None
 
     @torch.no_grad()
     def next_token(self) -> None:
         """Get ready for one more token of every row: evict if that is due, take the next free slots."""
         if self._slots is not None:
             self._next_token(self._slots)
+
+    def _pause(self, slots: SlotCache) -> None:
+        past, step = self._next - self._anchor, self._step
+        ends = (past >= 0) & (past % self.interval == 0)
+        if not self.captured or step is None or step.taken != self.interval or not ends.all():
+            super()._pause(slots)
+            return
+        if self.graphs is None:
+            self.graphs = Graphs(self.model.device, [*_changing(slots), *step.state()])
+        anchor = torch.as_tensor(self._anchor, device=self.model.device)
+        self.graphs.run("eviction", partial(self._turn_all, slots, step), anchor)
+        step.taken, self._left = 0, self.interval
+
+    def _turn_all(self, slots: SlotCache, step: TokenStep, anchor: Tensor) -> dict[str, Tensor]:
+        """Take in a window of all rows, look at its attention, evict, and find the free slots: device alone."""
+        step.taken = self.interval
+        step.settle()
+        at = slots.next_position.clone()
+        positions = at[:, None] + torch.arange(-self.interval, 0, device=at.device)
+        valid = torch.ones_like(positions, dtype=torch.bool)
+        window = Window(0, self.interval, positions, valid, slots.precise)
+        block = Block(window, at, valid[:, 0], window if self.looked_at else None, positions)
+        for layer in range(self.num_layers):
+            self._turn(slots, layer, block, self._scaling)
+        step.refresh(anchor, self.interval)
+        return {}
 
     @torch.no_grad()
     def fill(self, rows: int) -> None:
@@ -98,6 +139,13 @@ class ToldCache(EvictingCache):
             slots.settle(layer, where, positions.expand(rows, -1))
 
 
+def _changing(slots: SlotCache) -> list[Tensor]:
+    """Return the tensors of slots that an eviction may write to."""
+    rows = {name: x for name, (x, _) in slots.row_tensors().items() if name not in ("keys", "values", "queries")}
+    encoded = [slots.layer_state(layer, needs=()).encoded for layer in range(slots.num_layers)]
+    return [*rows.values(), *(x for x in encoded if x is not None)]
+
+
 class EvictingTokens:
     """Decoding under a budget over random pairs, window by window: call :meth:`evict` and :meth:`decode` in turn.
 
@@ -109,6 +157,8 @@ class EvictingTokens:
         Ranks the pairs.
     rows, budget, interval : int
         N, B and W.
+    captured : bool
+        Whether evictions are captured too, which keeps the memory that one takes.
 
     Attributes
     ----------
@@ -119,9 +169,17 @@ class EvictingTokens:
     """
 
     def __init__(
-        self, model: PreTrainedModel, policy: Callable[[LayerState], Tensor], *, rows: int, budget: int, interval: int
+        self,
+        model: PreTrainedModel,
+        policy: Callable[[LayerState], Tensor],
+        *,
+        rows: int,
+        budget: int,
+        interval: int,
+        captured: bool = False,
     ) -> None:
         self.cache = ToldCache(model, policy, budget=budget, interval=interval, compileable=False)
+        self.cache.captured = captured
         self.cache.fill(rows)
         self._tokens = told_tokens(self.cache, torch.zeros(rows, 1, dtype=torch.int64, device=model.device))
         self.graphs = self._tokens.graphs
