@@ -181,6 +181,21 @@ def test_sections_are_added_to_the_numbers_of_others(
     assert "<= 2 missed" in shown
 
 
+def test_what_was_measured_before_a_failure_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(device: str) -> Iterator[Row]:
+        yield Row("ranking", "first case", "m", 3.0, "ms")
+        raise ValueError("no more")
+
+    section("ranking", monkeypatch, 1.0)
+    monkeypatch.setattr(sys.modules["experiments.bench.ranking"], "rows", rows)
+    with pytest.raises(ValueError, match="no more"):
+        __main__.main(["ranking", "--out", str(tmp_path)])
+    assert "first case" in capsys.readouterr().out
+    assert not (tmp_path / "bench.json").exists()
+
+
 def test_unknown_sections_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run(__main__.main, ["speed"])

@@ -68,7 +68,9 @@ def test_the_captured_loop_tells_the_tokens_of_generate(architecture: str, polic
 
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("captured", [False, True])
-def test_windows_over_random_pairs_keep_the_budget_and_the_newest(model: PreTrainedModel, captured: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_over_random_pairs_keep_the_budget_and_the_newest(dtype: torch.dtype, captured: bool) -> None:
+    model = kvenv_model(dtype=dtype)
     tokens = EvictingTokens(model, gpu.scorer(model), rows=3, budget=16, interval=4, captured=captured)
     held = tokens.cache.positions
     assert held.sort().values.tolist() == torch.arange(20).expand(held.shape).tolist()

@@ -63,14 +63,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sections": {}}
     on_gpu = args.device.startswith("cuda")
     for section in args.sections or [name for name in SECTIONS if on_gpu or name not in GPU_ONLY]:
-        rows = list(track(import_module(f"experiments.bench.{section}").rows(args.device), section))
+        rows: list[Row] = []
+        try:
+            rows.extend(track(import_module(f"experiments.bench.{section}").rows(args.device), section))
+        finally:
+            # What was measured before something failed is shown all the same.
+            if rows:
+                console.print(table(section, rows))
         there["sections"][section] = {
             "machine": facts(args.device), "commit": commit(), "date": datetime.now(timezone.utc).date().isoformat(),
             "command": " ".join(["python -m experiments.bench", *(sys.argv[1:] if argv is None else argv)]),
             "rows": [_json(row) for row in rows],
         }  # fmt: skip
         write_atomic(path, json.dumps(there, indent=1) + "\n")
-        console.print(table(section, rows))
     console.print(f"numbers: {path}")
 
 
