@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from agents.base import Policy
 from agents.head_networks import At, HeadLinear, HeadNorm
 from agents.policy_files import read_policy, write_policy
-from kvenv.features import feature_set
+from kvenv.features import Split, feature_set
 from kvenv.state import LayerState, Pairs
 
 Inputs = Literal["squashed", "standardised", "raw"]
@@ -134,8 +135,8 @@ class Scorer(nn.Module):
         x = (squashed - self.mean[at]) / self.deviation[at]
         return self.from_first(self.hidden[0](x, at), at)
 
-    def first_half(self, layer: int, columns: list[int], *, bias: bool) -> Half:
-        """Return the part of a layer's first hidden layer that some of the features' columns go into."""
+    def first_half(self, layer: int, columns: Tensor, *, bias: bool) -> Half:
+        """Return the part of a layer's first hidden layer that some of the features' columns (P,) go into."""
         first: Any = self.hidden[0]
         scale, deviation = self.scale[layer][..., columns], self.deviation[layer][..., columns]
         centre, mean = self.centre[layer][..., columns] / scale, self.mean[layer][..., columns] / deviation
@@ -238,8 +239,7 @@ class ScorerPolicy(Policy):
             raise ValueError(f"features {self.features!r} have no part that never changes")
         head_dim, width = pairs.keys.shape[-1], self._set.width(pairs.keys.shape[-1], pairs.groups)
         self._check(layer, pairs.keys.shape[1], width)
-        columns = split.columns(head_dim, pairs.groups)
-        others = [column for column in range(width) if column not in columns]
+        columns, others = _columns(split, head_dim, pairs.groups, width, pairs.keys.device)
         self._changing[layer] = self.scorer.first_half(layer, others, bias=False)
         return self.scorer.first_half(layer, columns, bias=True)(split.fixed(pairs))
 
@@ -280,6 +280,15 @@ class ScorerPolicy(Policy):
             return cls(scorer, str(description["features"]), str(description["name"]), description.get("training"))
 
         return read_policy(directory, "a scorer", build, device)
+
+
+@cache
+def _columns(split: Split, head_dim: int, groups: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the columns of what never changes, and the others, where the device finds them without a copy."""
+    fixed = split.columns(head_dim, groups)
+    others = [column for column in range(width) if column not in fixed]
+    first, second = (torch.tensor(columns, dtype=torch.int64, device=device) for columns in (fixed, others))
+    return first, second
 
 
 def _five(shape: list[Any]) -> tuple[int, int, int, int, int]:

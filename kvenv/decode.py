@@ -13,7 +13,10 @@ from transformers import PreTrainedModel
 from kvenv.attention import HandedCache
 
 LOGITS_AT_ONCE = 1 << 24
-"""Logits that are held at a time: long traces of large vocabularies are scored in chunks."""
+"""Logits that are held at a time: long traces of large vocabularies are scored in chunks ..."""
+
+STATES_AT_ONCE = 512
+"""... of no fewer hidden states than these: a product of few takes a GPU as long as reading the head's weights."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def read(model: PreTrainedModel, cache: HandedCache, tokens: Tensor, positions: 
 def score(model: PreTrainedModel, hidden: Tensor, targets: Tensor, valid: Tensor) -> Losses:
     """Return the losses of ``targets`` (N, S) under the model's head applied to ``hidden`` (N, S, width)."""
     head = model.get_output_embeddings()
-    chunk = max(1, LOGITS_AT_ONCE // (hidden.shape[0] * head.weight.shape[0]))
+    chunk = max(1, max(STATES_AT_ONCE, LOGITS_AT_ONCE // head.weight.shape[0]) // hidden.shape[0])
     parts = []
     for states, target in zip(hidden.split(chunk, dim=1), targets.split(chunk, dim=1), strict=True):
         logits = head(states)

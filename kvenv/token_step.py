@@ -56,13 +56,17 @@ class TokenStep:
         """
         slots, held = self._slots, self._slots.positions >= 0
         free = held.to(torch.int8).argsort(dim=-1, stable=True)[..., :tokens]
-        self._ahead = free.flatten(1, 2).permute(2, 0, 1) + self._first
+        self._ahead = _in_place(self._ahead, free.flatten(1, 2).permute(2, 0, 1) + self._first)
         self._bias.copy_(~held).mul_(torch.finfo(self._bias.dtype).min / 2)
         if self._remember:
             later = torch.arange(free.shape[-1], device=anchor.device)[:, None]
             place = (slots.next_position - anchor + later) % slots.interval
-            self._places_ahead = (place[:, None, :, None] + self._first_place).flatten(2)
+            self._places_ahead = _in_place(self._places_ahead, (place[:, None, :, None] + self._first_place).flatten(2))
         self.taken = 0
+
+    def state(self) -> list[Tensor]:
+        """Return the tensors that :meth:`refresh` writes, where it leaves them from then on for as many tokens."""
+        return [self._bias, self._ahead, self._places_ahead]
 
     def settle(self) -> None:
         """Let the cache take in the pairs that were written since :meth:`refresh`."""
@@ -114,3 +118,8 @@ class TokenStep:
         own = [self._bias, self._slot, self._place, self._slots.keys, self._slots.values]
         for tensor in [*own, self._slots.queries] if self._remember else own:
             torch._dynamo.mark_static_address(tensor)
+
+
+def _in_place(kept: Tensor, new: Tensor) -> Tensor:
+    """Return a tensor's new value, where it was if the shape is the same: what is captured reads it there."""
+    return kept.copy_(new) if kept.shape == new.shape else new

@@ -71,7 +71,8 @@ def test_the_sides_of_ranking_agree() -> None:
 def test_the_captured_forward_is_the_bare_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "backend", Replay())
     model, tokens = random_model(), random_tokens(2, 12)
-    bare, captured = step.bare_forward(model, tokens, 8, "sdpa"), step.captured_forward(model, tokens, 8)
+    bare = step.bare_forward(model, tokens, 8, "sdpa")
+    captured = step.captured_forward(step.bare_copy(model, "sdpa"), tokens, 8)
     for _ in range(3):
         torch.testing.assert_close(captured(), bare(), rtol=0, atol=0)
 
@@ -178,6 +179,21 @@ def test_sections_are_added_to_the_numbers_of_others(
     shown = capsys.readouterr().out
     assert "<= 2 met" in shown
     assert "<= 2 missed" in shown
+
+
+def test_what_was_measured_before_a_failure_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(device: str) -> Iterator[Row]:
+        yield Row("ranking", "first case", "m", 3.0, "ms")
+        raise ValueError("no more")
+
+    section("ranking", monkeypatch, 1.0)
+    monkeypatch.setattr(sys.modules["experiments.bench.ranking"], "rows", rows)
+    with pytest.raises(ValueError, match="no more"):
+        __main__.main(["ranking", "--out", str(tmp_path)])
+    assert "first case" in capsys.readouterr().out
+    assert not (tmp_path / "bench.json").exists()
 
 
 def test_unknown_sections_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

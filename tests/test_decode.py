@@ -53,6 +53,7 @@ def test_by_position_is_zero_beyond_each_trace(lengths: list[int], interval: int
 @pytest.mark.parametrize("logits_at_once", [1 << 24, 200, 1])
 def test_scores_are_those_of_the_plain_logits(logits_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(decode, "STATES_AT_ONCE", 1)
     model, traces = kvenv_model(), random_traces([30, 19])
     batch = collate([trace.tokens for trace in traces], anchors=[11, 7], interval=4)
     cache = SlotCache(model, rows=2, capacity=40, interval=4, budget=36)

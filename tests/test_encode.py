@@ -12,8 +12,10 @@ from agents.scorer import Scorer, ScorerPolicy
 from kvenv.cache import SlotCache
 from kvenv.features import feature_set
 from kvenv.layerwise import rollout
+from kvenv.rotary import Rotary
 from kvenv.state import LayerState, Pairs
 from tests.policies import Recorder, kvenv_model, random_traces
+from tests.test_dispatch import Watch
 
 SHAPE = {"budget": 20, "interval": 8}
 HEAD_DIM, GROUPS = 16, 2
@@ -131,3 +133,13 @@ def test_a_policy_without_that_part_encodes_nothing() -> None:
 def test_a_model_of_another_shape_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"policy '{name}' was trained for 5 layers x 2 KV heads"):
         rollout(agents.make(name), random_traces([90]), model=kvenv_model(dtype=torch.float32), **SHAPE)
+
+
+def test_encoding_again_copies_nothing_to_the_device() -> None:
+    policy, pairs = random_scorer(1), torch.zeros(1, 2, 3, HEAD_DIM)
+    rotary = Rotary.of(kvenv_model(dtype=torch.float32))
+    places = torch.zeros(1, 2, 3, dtype=torch.int64)
+    for _ in range(2):
+        with Watch() as watch:
+            policy.encode(Pairs(layer=0, keys=pairs, values=pairs, positions=places, groups=GROUPS, rotary=rotary))
+    assert watch.offences == []

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
-SECTIONS = ("step", "scale", "rollout", "golden", "ranking", "generate", "train")
+SECTIONS = ("step", "scale", "rollout", "golden", "ranking", "generate", "train", "gpu")
+GPU_ONLY = ("gpu",)
+"""Those that are measured on a GPU alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

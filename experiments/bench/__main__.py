@@ -15,11 +15,12 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from experiments.bench import SECTIONS
+from experiments.bench import GPU_ONLY, SECTIONS
 from experiments.bench.machine import facts
 from experiments.bench.measure import Row
 from experiments.cli import run
 from experiments.evaluate import wide_console
+from experiments.progress import track
 from experiments.runs import commit
 from kvenv.files import write_atomic
 
@@ -28,8 +29,8 @@ from kvenv.files import write_atomic
 class Args:
     """Measure how fast kvenv is, beside what it is to be compared with."""
 
-    sections: tyro.conf.Positional[tuple[str, ...]] = SECTIONS
-    """Which parts."""
+    sections: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Which parts; all that the device is for if none is named."""
     device: str = "cpu"
     """cpu or cuda."""
     out: Path = Path("runs/bench")
@@ -60,15 +61,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = wide_console()
     path = args.out / "bench.json"
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sections": {}}
-    for section in args.sections:
-        rows = list(import_module(f"experiments.bench.{section}").rows(args.device))
+    on_gpu = args.device.startswith("cuda")
+    for section in args.sections or [name for name in SECTIONS if on_gpu or name not in GPU_ONLY]:
+        rows: list[Row] = []
+        try:
+            rows.extend(track(import_module(f"experiments.bench.{section}").rows(args.device), section))
+        finally:
+            # What was measured before something failed is shown all the same.
+            if rows:
+                console.print(table(section, rows))
         there["sections"][section] = {
             "machine": facts(args.device), "commit": commit(), "date": datetime.now(timezone.utc).date().isoformat(),
             "command": " ".join(["python -m experiments.bench", *(sys.argv[1:] if argv is None else argv)]),
             "rows": [_json(row) for row in rows],
         }  # fmt: skip
         write_atomic(path, json.dumps(there, indent=1) + "\n")
-        console.print(table(section, rows))
     console.print(f"numbers: {path}")
 
 

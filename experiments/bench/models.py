@@ -1,4 +1,4 @@
-"""What is measured on: the bundled model, one of 100 M random weights, and traces of random tokens."""
+"""What is measured on: the bundled model, random weights in the shapes of others, and traces of random tokens."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import kvenv
+from kvenv.attention import use_kvenv_attention
 from kvenv.models import LoadedModel, load_model
 from kvenv.traces import Trace
 
@@ -18,6 +19,38 @@ LARGE, RANDOM = "bench-100m", "bench-random"
 
 VOCABULARY = 256
 """Tokens that random traces are made of: every model has as many."""
+
+_QWEN: dict[str, Any] = {
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen3-4B": _QWEN
+    | {
+        "model_type": "qwen3",
+        "vocab_size": 151_936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
+    "Qwen2.5-7B": _QWEN
+    | {
+        "model_type": "qwen2",
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+}
+"""Configurations of published models."""
 
 
 @cache
@@ -36,6 +69,15 @@ def register_random_traces() -> None:
         return Trace(tokens, 0, (), f"{RANDOM}/{split}/{trace_id}")
 
     kvenv.register_traces(RANDOM, trace)
+
+
+def in_shape(name: str, device: str) -> PreTrainedModel:
+    """Return a model of random bfloat16 weights in one of :data:`SHAPES`, made where it stays."""
+    config = AutoConfig.for_model(**SHAPES[name])
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    use_kvenv_attention(model)
+    return model.eval().requires_grad_(False)
 
 
 def work(model: PreTrainedModel, rows: int, tokens: int, filled: int) -> tuple[float, float]:

@@ -57,7 +57,7 @@ def captured(case: str, loaded: LoadedModel, repeats: int, floor: float, device:
     envs = {features: environment(loaded, features, repeats, cuda_graph=True) for features in TARGETS[case]}
     prompt = torch.randint(0, loaded.model.config.vocab_size, (ROWS, BUDGET + INTERVAL), device=device)
     sides = {f"step, {features}, captured": stepping(env) for features, env in envs.items()}
-    sides["bare forward, captured"] = captured_forward(loaded.model, prompt, BUDGET)
+    sides["bare forward, captured"] = captured_forward(bare_copy(loaded.model, "sdpa"), prompt, BUDGET)
     times = alternate(sides, repeats, device=device)
     for features, env in envs.items():
         yield compare("step", case, times, f"step, {features}, captured", "bare forward, captured", floor=floor)
@@ -121,9 +121,9 @@ def bare_forward(model: PreTrainedModel, tokens: Tensor, filled: int, attention:
     return forward
 
 
-def captured_forward(model: PreTrainedModel, tokens: Tensor, filled: int) -> Side:
-    """Return the same on SDPA, captured in a CUDA graph."""
-    bare, graphs = bare_copy(model, "sdpa"), Graphs(tokens.device)
+def captured_forward(bare: PreTrainedModel, tokens: Tensor, filled: int) -> Side:
+    """Return the same, captured in a CUDA graph, of a model on SDPA or on kvenv's attention, the same to this cache."""
+    graphs = Graphs(tokens.device)
     window, cache = tokens[:, filled:], cached(bare, tokens[:, :filled])
     filled_layers = [vars(layer).copy() for layer in cache.layers]
 
