@@ -145,6 +145,14 @@ class Scorer(nn.Module):
         weight = weight / deviation.transpose(-1, -2)
         return Half(1 / scale, -centre, weight, offset + first.bias[layer] if bias else offset)
 
+    def version(self) -> object:
+        """Return what changes whenever inputs' constants or the first hidden layer do; None if nobody can tell."""
+        first: Any = self.hidden[0]
+        parts = (self.centre, self.scale, self.mean, self.deviation, first.weight, first.bias)
+        if torch.compiler.is_compiling() or any(x.is_inference() for x in parts):
+            return None
+        return tuple((id(x), x._version) for x in parts)
+
     def from_first(self, x: Tensor, at: At) -> Tensor:
         """Return scores from what the first hidden layer makes of the inputs, before its activation.
 
@@ -202,7 +210,7 @@ class ScorerPolicy(Policy):
         self.scorer, self.features, self.name, self.training = scorer, features, name, training or {}
         self._set = feature_set(features)
         self.needs = self._set.needs
-        self._changing: dict[int, Half] = {}
+        self._halves: dict[int, tuple[object, Half, Half]] = {}
 
     @torch.no_grad()
     def __call__(self, state: LayerState) -> Tensor:
@@ -214,7 +222,8 @@ class ScorerPolicy(Policy):
             If the model isn't of the shape that the scorer was built for.
         """
         if state.encoded is not None and self._set.split is not None:
-            changing = self._changing[state.layer](self._set.split.changing(state))
+            _, _, half = self._halves[state.layer]
+            changing = half(self._set.split.changing(state))
             return self.scorer.from_first(state.encoded + changing, state.layer)
         features = self._set.compute(state)
         self._check(state.layer, features.shape[1], features.shape[-1])
@@ -239,9 +248,13 @@ class ScorerPolicy(Policy):
             raise ValueError(f"features {self.features!r} have no part that never changes")
         head_dim, width = pairs.keys.shape[-1], self._set.width(pairs.keys.shape[-1], pairs.groups)
         self._check(layer, pairs.keys.shape[1], width)
-        columns, others = _columns(split, head_dim, pairs.groups, width, pairs.keys.device)
-        self._changing[layer] = self.scorer.first_half(layer, others, bias=False)
-        return self.scorer.first_half(layer, columns, bias=True)(split.fixed(pairs))
+        weights = self.scorer.version()
+        made_of, half, _ = self._halves.get(layer, (None, None, None))
+        if half is None or weights is None or weights != made_of:
+            columns, others = _columns(split, head_dim, pairs.groups, width, pairs.keys.device)
+            half = self.scorer.first_half(layer, columns, bias=True)
+            self._halves[layer] = weights, half, self.scorer.first_half(layer, others, bias=False)
+        return half(split.fixed(pairs))
 
     def _check(self, layer: int, heads: int, width: int) -> None:
         """Refuse a model of another shape."""

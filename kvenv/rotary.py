@@ -53,14 +53,15 @@ class Rotary:
         Tensor (..., D)
         """
         angles = positions[..., None].to(self.inv_freq.dtype) * self.inv_freq
-        cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(x.dtype) * self.scaling
-        sin = torch.cat((angles.sin(), angles.sin()), dim=-1).to(x.dtype) * self.scaling
-        rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-        first, second = rotated.chunk(2, dim=-1)
-        return torch.cat((rotated * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+        cos, sin = angles.cos().to(x.dtype) * self.scaling, angles.sin().to(x.dtype) * self.scaling
+        half = self.inv_freq.shape[0]
+        first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate vectors back from ``positions`` to position 0: the inverse of :meth:`rotate`."""
-        rotated = 2 * self.inv_freq.shape[0]
         turned = self.rotate(x, -positions)
+        if self.scaling == 1:
+            return turned
+        rotated = 2 * self.inv_freq.shape[0]
         return torch.cat((turned[..., :rotated] / self.scaling**2, turned[..., rotated:]), dim=-1)
