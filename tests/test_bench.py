@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.bench import SECTIONS, __main__, generate, ranking, step
+from experiments.bench import SECTIONS, __main__, generate, profile, ranking, step
 from experiments.bench.machine import Machine
 from experiments.bench.measure import Row, alternate, compare
 from experiments.bench.memory import held, peak
@@ -163,6 +163,19 @@ def test_generating_is_compared_side_by_side(monkeypatch: pytest.MonkeyPatch) ->
     assert all(row.value > 0 and row.floor > row.value for row in rows)
     assert [(q["new"], q["budget"], q["interval"]) for q in Fake.asked[:-1]] == [(24, 32, 8)] * 2
     assert Fake.asked[-1] == {}
+
+
+def test_a_profile_shows_what_takes_more_than_in_the_baseline() -> None:
+    x = torch.randn(64, 64)
+    rows = list(profile.differences("a case", lambda: (x @ x).cos(), lambda: (x @ x).sin(), "cpu"))
+    assert rows[0].metric == "all"
+    found = {row.metric: row for row in rows}
+    assert found["aten::cos"].baseline == 0 < found["aten::cos"].value
+    assert found["aten::mm"].baseline > 0
+    assert "aten::sin" not in found
+    assert [row.value - row.baseline for row in rows[1:]] == sorted(
+        (row.value - row.baseline for row in rows[1:]), reverse=True
+    )
 
 
 def test_sections_are_added_to_the_numbers_of_others(

@@ -11,12 +11,14 @@ import sys
 import torch
 from kvpress import DecodingPress, KnormPress
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 NEVER_SAID = 10**6
 
 
 def main() -> None:
     """Generate as often as asked; the cheapest of the presses decides what goes."""
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map=sys.argv[2]).eval()
     for line in sys.stdin:
         asked = json.loads(line)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from gymnasium.utils.performance import benchmark_vector_step
 
+from experiments.bench.machine import measure
 from experiments.bench.measure import Row, alternate
 from experiments.bench.memory import held
-from experiments.bench.models import LARGE, RANDOM, large, register_random_traces
+from experiments.bench.models import LARGE, RANDOM, large, register_random_traces, work
 from experiments.bench.step import stepping
 from kvenv.vector_env import KVEvictVectorEnv
 
@@ -24,11 +25,14 @@ FLAT, FLAT_MEMORY = 1.1, 1.02
 def rows(device: str) -> Iterator[Row]:
     """Measure."""
     register_random_traces()
+    machine = measure(device)
     for count in ROWS:
         env = environment("tiny", count, 4096, device)
         env.reset(seed=0)
         seconds = float(np.median(alternate({"step": stepping(env)}, 30, device=device)["step"]))
-        yield Row("scale", f"tiny, N = {count}", "in the environment", count * INTERVAL / seconds, "tokens/s")
+        tokens = count * INTERVAL
+        floor = tokens / machine.floor(*work(env.dynamics.model, count, INTERVAL, BUDGET))
+        yield Row("scale", f"tiny, N = {count}", "in the environment", tokens / seconds, "tokens/s", floor=floor)
         env.close()
     env = environment("tiny", 16, 512, device)
     yield Row("scale", "tiny, N = 16", "benchmark_vector_step", benchmark_vector_step(env, SECONDS, 0), "steps/s")
