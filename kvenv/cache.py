@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from kvenv.golden import FutureAttention
 
 
-_SLOT_AXIS = {"keys": 3, "values": 3, "positions": 3, "stats": 5, "last_attention": 4}
-"""Axis of the slots in those of :meth:`SlotCache.row_tensors` that have one."""
+_SLOT_AXIS = {"keys": 2, "values": 2, "positions": 3, "stats": 5, "last_attention": 4}
+"""Axis of the slots in those of :meth:`SlotCache.row_tensors` that have one, by the name before the layer's number."""
 
 
 class SlotCache(HandedCache):
@@ -93,8 +93,11 @@ class SlotCache(HandedCache):
         self.first_decision, self.last_decision = first_decision, last_decision
         device = model.device
         shape = (self.num_layers, rows, self.kv_heads, capacity)
-        self.keys = torch.zeros(*shape, self.head_dim, dtype=model.dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        # A tensor per layer: what compiles a step would copy all layers' for a write to one's.
+        self.keys, self.values = (
+            [torch.zeros(*shape[1:], self.head_dim, dtype=model.dtype, device=device) for _ in range(self.num_layers)]
+            for _ in range(2)
+        )
         self.positions = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.next_position = torch.zeros(rows, dtype=torch.int64, device=device)
         self.prompt_length = torch.zeros_like(self.next_position)
@@ -118,8 +121,8 @@ class SlotCache(HandedCache):
             else None
         )
         if "queries" in self.needs:
-            window = (self.num_layers, rows, self.kv_heads, self.groups, interval, self.head_dim)
-            self.queries = torch.zeros(window, dtype=model.dtype, device=device)
+            window = (rows, self.kv_heads, self.groups, interval, self.head_dim)
+            self.queries = [torch.zeros(window, dtype=model.dtype, device=device) for _ in range(self.num_layers)]
             self.query_valid = torch.zeros(self.num_layers, rows, interval, dtype=torch.bool, device=device)
         self.future: FutureAttention | None = None
         self.expected_future: FutureAttention | None = None
@@ -313,8 +316,8 @@ class SlotCache(HandedCache):
     def row_tensors(self) -> dict[str, tuple[Tensor, int]]:
         """Return every tensor of run state by name, with the axis that is the row."""
         tensors = {
-            "keys": (self.keys, 1),
-            "values": (self.values, 1),
+            **_by_layer("keys", self.keys),
+            **_by_layer("values", self.values),
             "positions": (self.positions, 1),
             "next_position": (self.next_position, 0),
             "prompt_length": (self.prompt_length, 0),
@@ -327,7 +330,7 @@ class SlotCache(HandedCache):
         if self.moments:
             tensors |= self.moments.row_tensors()
         if "queries" in self.needs:
-            tensors |= {"queries": (self.queries, 1), "query_valid": (self.query_valid, 1)}
+            tensors |= _by_layer("queries", self.queries) | {"query_valid": (self.query_valid, 1)}
         return tensors
 
     def resize(self, capacity: int) -> None:
@@ -342,7 +345,7 @@ class SlotCache(HandedCache):
             shape[axis] = capacity - kept.shape[-1]
             return torch.cat([held, held.new_full(shape, empty)], dim=axis)
 
-        self.keys, self.values = moved(self.keys, kept, 3), moved(self.values, kept, 3)
+        self.keys, self.values = ([moved(x, own, 2) for x, own in zip(all_, kept)] for all_ in (self.keys, self.values))
         if self.statistics is not None:
             self.statistics.values = moved(self.statistics.values, kept, 5)
             self.statistics.last = moved(self.statistics.last, kept, 4)
@@ -355,8 +358,8 @@ class SlotCache(HandedCache):
         self.positions.index_fill_(1, rows, -1)
         given = source.row_tensors()
         for name, (target, axis) in self.row_tensors().items():
-            if name in _SLOT_AXIS:
-                target = target.narrow(_SLOT_AXIS[name], 0, source.capacity)
+            if (slots := _SLOT_AXIS.get(name.split(".")[0])) is not None:
+                target = target.narrow(slots, 0, source.capacity)
             target.index_copy_(axis, rows, given[name][0])
 
     def _number_slots(self, capacity: int) -> None:
@@ -385,7 +388,7 @@ class SlotCache(HandedCache):
         if self.moments is not None:
             self.moments.add(layer, query, window.positions, window.valid)
         if "queries" in self.needs:
-            self.queries[layer] = newest(query, self.interval, dim=3)
+            self.queries[layer].copy_(newest(query, self.interval, dim=3))
             self.query_valid[layer].copy_(newest(window.valid, self.interval, dim=1))
         if self.statistics is None:
             bias = self.bias(layer, window.reach, query.dtype)
@@ -414,3 +417,8 @@ class SlotCache(HandedCache):
         heads = torch.arange(self.kv_heads, device=positions.device)[None, :, None]
         seed, rollout, window = (x[:, None, None] for x in (self.seed, self.rollout, window))
         return noise.uniform(seed, rollout, layer, heads, window, positions)
+
+
+def _by_layer(name: str, tensors: list[Tensor]) -> dict[str, tuple[Tensor, int]]:
+    """Return the layers' tensors, whose first axis is the row, by names of their own."""
+    return {f"{name}.{layer}": (x, 0) for layer, x in enumerate(tensors)}

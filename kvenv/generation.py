@@ -146,7 +146,7 @@ class EvictingCache(HandedCache):
     @property
     def nbytes(self) -> int:
         """Bytes of the cached keys and values."""
-        return 0 if self._slots is None else self._slots.keys.nbytes + self._slots.values.nbytes
+        return 0 if self._slots is None else sum(x.nbytes for x in (*self._slots.keys, *self._slots.values))
 
     @property
     def positions(self) -> Tensor:

@@ -32,14 +32,14 @@ class TokenStep:
         self._slots, self._remember = slots, remember
         self.capacity, self.taken = slots.capacity, 0
         positions, device = slots.positions, slots.positions.device
-        layers, rows, heads, _ = positions.shape
-        # Slots, and places of queries, are numbered through all layers, so that one index says where something goes.
-        number = torch.arange(layers * rows * heads, device=device).view(layers, -1)
-        self._first, self._slot = number * slots.capacity, number.clone()
-        asking = torch.arange(layers * rows * heads * slots.groups, device=device).view(layers, rows, -1)
-        self._first_place, self._place = asking * slots.interval, asking.flatten(1).clone()
+        layers, rows = positions.shape[:2]
+        # Slots, and places of queries, are numbered through a layer, so that one index says where something goes.
+        heads = torch.arange(rows * slots.kv_heads, device=device)
+        self._first, self._slot = heads * slots.capacity, heads.expand(layers, -1).clone()
+        asking = torch.arange(rows * slots.kv_heads * slots.groups, device=device)
+        self._first_place, self._place = (asking * slots.interval).view(rows, -1), asking
         self._ahead, self._places_ahead = self._slot[None], self._place[None]
-        self._bias = torch.zeros(positions.shape, dtype=slots.keys.dtype, device=device)
+        self._bias = torch.zeros(positions.shape, dtype=slots.keys[0].dtype, device=device)
         if positions.is_cuda:
             self._mark_static()
         self._views = None if compileable else [self._view(layer) for layer in range(layers)]
@@ -61,7 +61,7 @@ class TokenStep:
         if self._remember:
             later = torch.arange(free.shape[-1], device=anchor.device)[:, None]
             place = (slots.next_position - anchor + later) % slots.interval
-            self._places_ahead = _in_place(self._places_ahead, (place[:, None, :, None] + self._first_place).flatten(2))
+            self._places_ahead = _in_place(self._places_ahead, (place[..., None] + self._first_place).flatten(1))
         self.taken = 0
 
     def state(self) -> list[Tensor]:
@@ -84,7 +84,7 @@ class TokenStep:
     def advance(self) -> None:
         """Make the next free slots those of the next tokens, which see them."""
         self._slot.copy_(self._ahead[self.taken])
-        self._bias.view(-1).index_fill_(0, self._slot.view(-1), 0.0)
+        self._bias.flatten(1).scatter_(1, self._slot, 0.0)
         if self._remember:
             self._place.copy_(self._places_ahead[self.taken])
         self.taken += 1
@@ -97,27 +97,32 @@ class TokenStep:
         slots, rows = self._slots, self._bias.shape[1]
         if len(key) != rows:
             raise ValueError(f"the cache has {rows} rows, not the batch's {len(key)}: make a new one")
-        keys, values, bias, slot, place = self._view(layer) if self._views is None else self._views[layer]
-        slots.keys.view(-1, slots.head_dim).index_copy_(0, slot, key.reshape(-1, slots.head_dim))
-        slots.values.view(-1, slots.head_dim).index_copy_(0, slot, value.reshape(-1, slots.head_dim))
+        keys, values, bias, slot = self._view(layer) if self._views is None else self._views[layer]
+        _write(keys, slot, key)
+        _write(values, slot, value)
         # The queries of a group take the place of the tokens of a window.
         by_head = query.view(rows, slots.kv_heads, slots.groups, slots.head_dim)
         if self._remember:
-            slots.queries.view(-1, slots.head_dim).index_copy_(0, place, by_head.view(-1, slots.head_dim))
+            _write(slots.queries[layer], self._place, by_head)
         output = torch.nn.functional.scaled_dot_product_attention(by_head, keys, values, attn_mask=bias, scale=scaling)
         return output.view(query.shape)
 
-    def _view(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return a layer's pairs, mask (N, H, G, C), and where the token's pairs and queries go."""
+    def _view(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return a layer's pairs, mask (N, H, G, C), and where the token's pairs go."""
         slots = self._slots
         bias = self._bias[layer][:, :, None].expand(-1, -1, slots.groups, -1)
-        return slots.keys[layer], slots.values[layer], bias, self._slot[layer], self._place[layer]
+        return slots.keys[layer], slots.values[layer], bias, self._slot[layer]
 
     def _mark_static(self) -> None:
         """Tell CUDA graphs that these tensors are written in place and never move."""
-        own = [self._bias, self._slot, self._place, self._slots.keys, self._slots.values]
-        for tensor in [*own, self._slots.queries] if self._remember else own:
+        queries = self._slots.queries if self._remember else []
+        for tensor in (self._bias, self._slot, self._place, *self._slots.keys, *self._slots.values, *queries):
             torch._dynamo.mark_static_address(tensor)
+
+
+def _write(kept: Tensor, where: Tensor, new: Tensor) -> None:
+    """Write vectors (..., D) to the places ``where`` (M,) of those of ``kept`` (..., D)."""
+    kept.view(-1, kept.shape[-1]).index_copy_(0, where, new.reshape(-1, kept.shape[-1]))
 
 
 def _in_place(kept: Tensor, new: Tensor) -> Tensor:

@@ -182,7 +182,10 @@ def shuffle(env: KVEvictEnv, rng: np.random.Generator) -> None:
     slots = env.vector.dynamics.capacity
     for layer, head in np.ndindex(tensors["positions"][0].shape[0], tensors["positions"][0].shape[2]):
         order = torch.as_tensor(rng.permutation(slots))
-        for name, axis in (("keys", 0), ("values", 0), ("positions", 0), ("stats", 2), ("last_attention", 1)):
+        for name in ("keys", "values"):
+            own = tensors[f"{name}.{layer}"][0][0, head]
+            own.copy_(own.index_select(0, order))
+        for name, axis in (("positions", 0), ("stats", 2), ("last_attention", 1)):
             if name in tensors:
                 own = tensors[name][0][layer, 0, head]
                 own.copy_(own.index_select(axis, order))

@@ -178,8 +178,9 @@ def shuffle_slots(cache: SlotCache) -> None:
     """Permute the slots of every head of a live cache."""
     slots = torch.rand(cache.positions.shape).argsort(dim=-1)
     cache.positions.copy_(cache.positions.gather(-1, slots))
-    for pairs in (cache.keys, cache.values):
-        pairs.copy_(pairs.gather(3, slots[..., None].expand_as(pairs)))
+    for layers in (cache.keys, cache.values):
+        for pairs, order in zip(layers, slots, strict=True):
+            pairs.copy_(pairs.gather(2, order[..., None].expand_as(pairs)))
     if cache.statistics is not None:
         for x in (cache.statistics.values, cache.statistics.last):
             where = slots.view(*slots.shape[:3], *[1] * (x.dim() - 4), -1).expand_as(x)

@@ -25,7 +25,7 @@ from kvenv.state import Protection
 POLICY, PROMPT = "imitation-tiny", 16
 INTERVALS = {256: 128, 64: 16}
 """Of each budget."""
-REPEATS = {512: 5, 2048: 3, 8192: 1}
+REPEATS = {512: 5, 2048: 2, 8192: 1}
 """Of each number of new tokens."""
 BATCHES = (1, 8)
 SINKS = 4

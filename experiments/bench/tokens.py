@@ -139,9 +139,13 @@ class ToldCache(EvictingCache):
             slots.settle(layer, where, positions.expand(rows, -1))
 
 
+KEPT = ("keys", "values", "queries")
+"""What an eviction leaves as it is."""
+
+
 def _changing(slots: SlotCache) -> list[Tensor]:
     """Return the tensors of slots that an eviction may write to."""
-    rows = {name: x for name, (x, _) in slots.row_tensors().items() if name not in ("keys", "values", "queries")}
+    rows = {name: x for name, (x, _) in slots.row_tensors().items() if name.split(".")[0] not in KEPT}
     encoded = [slots.layer_state(layer, needs=()).encoded for layer in range(slots.num_layers)]
     return [*rows.values(), *(x for x in encoded if x is not None)]
 
