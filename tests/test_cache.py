@@ -178,5 +178,5 @@ def test_rows_of_a_smaller_cache_leave_the_other_slots_empty() -> None:
     wide.copy_rows(torch.tensor([1, 0]), small)
     assert (wide.positions[..., 8:] == -1).all()
     assert torch.equal(wide.positions[..., :8], small.positions[:, [1, 0]])
-    for held, given in zip(wide.keys, small.keys, strict=True):
-        assert torch.equal(held[..., :8, :], given[[1, 0]])
+    for held, source in zip(wide.keys, small.keys, strict=True):
+        assert torch.equal(held[..., :8, :], source[[1, 0]])

@@ -16,7 +16,7 @@ from kvenv.traces import load_traces
 
 SHOWN = 12
 """Operations shown of each case: those that take most more than in the baseline."""
-CALLS, NEW, BUDGET = 10, 128, 64
+CALLS, NEW, BUDGET = 3, 64, 64
 
 
 def rows(device: str) -> Iterator[Row]:
