@@ -122,6 +122,7 @@ def test_a_peer_answers_until_it_ends(tmp_path: Path) -> None:
     (environment / "bin" / "python").symlink_to(sys.executable)
     (environment / ".complete").touch()
     script.write_text(ECHO)
+    script.with_name("json.py").write_text("raise RuntimeError('what lies beside the script is none of its modules')")
     peer = Peer(["not-needed"], environment, script, ["hello"])
     assert [peer.ask(x=x) for x in (1, 2)] == [{"said": "hello", "x": 1}, {"said": "hello", "x": 2}]
     with pytest.raises(OSError, match=r"echo\.py hello ended without an answer"):

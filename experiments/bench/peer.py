@@ -41,8 +41,9 @@ class Peer:
                 if subprocess.run(command, check=False).returncode:
                     raise OSError(f"{environment} can't be made: {' '.join(command)} failed")
             complete.touch()
+        # Isolated, or the names of our sections would stand for modules of its own.
         self._process = subprocess.Popen(
-            [str(python), str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [str(python), "-I", str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def ask(self, **question: object) -> Any:
