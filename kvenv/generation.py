@@ -82,9 +82,9 @@ class EvictingCache(HandedCache):
         Pairs never evicted; if not given, the first 4 and the newest W.
     seed : int
         Of the noise that random policies draw from.
-    compileable : bool, optional
-        Whether ``generate`` may compile the decoding of single tokens; by default on accelerators, where it does so by
-        itself, as with static caches.
+    compileable : bool
+        Whether ``generate`` may compile the decoding of single tokens: on accelerators it then does so by itself, as with
+        static caches, elsewhere if its ``compile_config`` says so. The first tokens wait for it.
 
     Raises
     ------
@@ -107,7 +107,7 @@ class EvictingCache(HandedCache):
         schedule: str = "periodic",
         protection: Protection | None = None,
         seed: int = 0,
-        compileable: bool | None = None,
+        compileable: bool = False,
     ) -> None:
         needs: frozenset[str] = getattr(policy, "needs", frozenset())
         if future := needs & {"future", "expected_future"}:
@@ -127,7 +127,7 @@ class EvictingCache(HandedCache):
         self.model, self.policy, self.budget, self.interval, self.seed = model, policy, budget, interval, seed
         self.periodic, self.looked_at = schedule == "periodic", bool(needs & LOOKED_AT)
         self._needs = needs | {"queries"} if self.looked_at else needs
-        self._compileable = model.device.type != "cpu" if compileable is None else compileable
+        self._compileable = compileable
         self.seen, self._scaling = 0, 1.0
         self._slots: SlotCache | None = None
         self._step: TokenStep | None = None
