@@ -83,8 +83,8 @@ class EvictingCache(HandedCache):
     seed : int
         Of the noise that random policies draw from.
     compileable : bool
-        Whether ``generate`` may compile the decoding of single tokens: on accelerators it then does so by itself, as with
-        static caches, elsewhere if its ``compile_config`` says so. The first tokens wait for it.
+        Whether ``generate`` may compile the decoding of single tokens: on accelerators it then does so by itself, as
+        with static caches, elsewhere if its ``compile_config`` says so. The first tokens wait for it.
 
     Raises
     ------
