@@ -206,8 +206,8 @@ def test_foreign_snapshots() -> None:
         vector(2).restore(snapshot)
     with pytest.raises(ValueError, match=r"taken with split='train', this environment has 'test'"):
         single(split="test").restore(snapshot)
-    snapshot.tensors["keys"] = snapshot.tensors["keys"][..., :3]
-    with pytest.raises(ValueError, match=r"the snapshot's keys has shape .*, this environment's"):
+    snapshot.tensors["keys.0"] = snapshot.tensors["keys.0"][..., :3]
+    with pytest.raises(ValueError, match=r"the snapshot's keys\.0 has shape .*, this environment's"):
         env.restore(snapshot)
 
 
