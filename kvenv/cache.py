@@ -262,7 +262,7 @@ class SlotCache(HandedCache):
         where = (slots + self._first).view(-1)
         for kept, x in zip((self.keys[layer], self.values[layer], self._encoded[layer]), new):
             if kept is not None:
-                kept.view(-1, kept.shape[-1]).index_copy_(0, where, x.reshape(-1, kept.shape[-1]))
+                write(kept, where, x)
         held.scatter_(2, slots, positions.expand(slots.shape))
         if self.statistics is not None:
             self.statistics.forget(layer, slots)
@@ -276,7 +276,7 @@ class SlotCache(HandedCache):
             )
             new = self.encode(layer, key, value, positions)
             if new is not None and (kept := self._encoded[layer]) is not None:
-                kept.view(-1, kept.shape[-1]).index_copy_(0, where, new.flatten(0, 2))
+                write(kept, where, new)
         if self.statistics is not None:
             self.statistics.forget(layer, slots)
 
@@ -417,6 +417,11 @@ class SlotCache(HandedCache):
         heads = torch.arange(self.kv_heads, device=positions.device)[None, :, None]
         seed, rollout, window = (x[:, None, None] for x in (self.seed, self.rollout, window))
         return noise.uniform(seed, rollout, layer, heads, window, positions)
+
+
+def write(kept: Tensor, where: Tensor, new: Tensor) -> None:
+    """Write vectors (..., D) to the places ``where`` (M,) of those of ``kept`` (..., D), counted through."""
+    kept.view(-1, kept.shape[-1]).index_copy_(0, where, new.reshape(-1, kept.shape[-1]))
 
 
 def _by_layer(name: str, tensors: list[Tensor]) -> dict[str, tuple[Tensor, int]]:

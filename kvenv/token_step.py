@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvenv.cache import SlotCache
+from kvenv.cache import SlotCache, write
 
 
 class TokenStep:
@@ -98,12 +98,12 @@ class TokenStep:
         if len(key) != rows:
             raise ValueError(f"the cache has {rows} rows, not the batch's {len(key)}: make a new one")
         keys, values, bias, slot = self._view(layer) if self._views is None else self._views[layer]
-        _write(keys, slot, key)
-        _write(values, slot, value)
+        write(keys, slot, key)
+        write(values, slot, value)
         # The queries of a group take the place of the tokens of a window.
         by_head = query.view(rows, slots.kv_heads, slots.groups, slots.head_dim)
         if self._remember:
-            _write(slots.queries[layer], self._place, by_head)
+            write(slots.queries[layer], self._place, by_head)
         output = torch.nn.functional.scaled_dot_product_attention(by_head, keys, values, attn_mask=bias, scale=scaling)
         return output.view(query.shape)
 
@@ -118,11 +118,6 @@ class TokenStep:
         queries = self._slots.queries if self._remember else []
         for tensor in (self._bias, self._slot, self._place, *self._slots.keys, *self._slots.values, *queries):
             torch._dynamo.mark_static_address(tensor)
-
-
-def _write(kept: Tensor, where: Tensor, new: Tensor) -> None:
-    """Write vectors (..., D) to the places ``where`` (M,) of those of ``kept`` (..., D)."""
-    kept.view(-1, kept.shape[-1]).index_copy_(0, where, new.reshape(-1, kept.shape[-1]))
 
 
 def _in_place(kept: Tensor, new: Tensor) -> Tensor:
