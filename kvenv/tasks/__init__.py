@@ -1,0 +1,61 @@
+"""The benchmarks of the papers: prompts to be answered and traces to be scored, for any tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+from kvenv.tasks.base import (
+    Builder,
+    Choice,
+    ChoiceTask,
+    Examples,
+    Question,
+    QuestionTask,
+    Score,
+    Task,
+    TaskSetting,
+    TraceTask,
+)
+
+__all__ = [
+    "TASKS",
+    "Choice",
+    "ChoiceTask",
+    "Examples",
+    "Question",
+    "QuestionTask",
+    "Score",
+    "Task",
+    "TaskSetting",
+    "TraceTask",
+    "load_tasks",
+]
+
+TASKS = {
+    "ruler": "kvenv.tasks.ruler",
+    "perplexity": "kvenv.tasks.perplexity",
+    "reasoning": "kvenv.tasks.reasoning",
+    "zeroshot": "kvenv.tasks.zeroshot",
+    "entropy": "kvenv.tasks.entropy",
+}
+"""Benchmarks by name: modules with a ``build(setting)`` that makes their tasks."""
+
+
+def load_tasks(name: str, setting: TaskSetting) -> Sequence[Task]:
+    """Return the tasks of a benchmark, or the one that is named, e.g. ``"ruler"`` or ``"ruler/vt"``.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown; the message lists the known ones.
+    """
+    benchmark, _, one = name.partition("/")
+    if benchmark not in TASKS:
+        raise ValueError(f"unknown task {name!r}: known are {', '.join(TASKS)}")
+    build: Builder = import_module(TASKS[benchmark]).build
+    tasks = build(setting)
+    found = [task for task in tasks if not one or task.name == name]
+    if not found:
+        raise ValueError(f"unknown task {name!r}: {benchmark} has {', '.join(task.name for task in tasks)}")
+    return found

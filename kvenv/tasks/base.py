@@ -1,0 +1,171 @@
+"""What a task is: examples to be answered under a budget, or traces to be scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
+
+from kvenv.traces.source import TraceSource
+
+Score = Callable[[str, tuple[str, ...]], float]
+"""From what was generated and what was expected to a score between 0 and 1."""
+
+E = TypeVar("E")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt to be continued freely.
+
+    Attributes
+    ----------
+    name : str
+        Where it comes from, e.g. ``"ruler/vt/17"``.
+    context : tuple of int
+        Token ids of what comes first: what a question that is held out doesn't belong to.
+    question : tuple of int
+        Token ids of the rest of the prompt.
+    references : tuple of str
+        Right answers, as the task's score reads them.
+    max_new_tokens : int
+        Most tokens to be generated.
+    """
+
+    name: str
+    context: tuple[int, ...]
+    question: tuple[int, ...]
+    references: tuple[str, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A prompt with continuations of which the likeliest is chosen.
+
+    Attributes
+    ----------
+    name, context, question
+        As in :class:`Question`.
+    options : tuple of tuple of int
+        Token ids of each continuation.
+    answer : int
+        Which of them is right.
+    lengths : tuple of int
+        What the log-likelihoods are divided by before the likeliest is chosen: ones for plain accuracy, bytes of the
+        option's text for the normalised one.
+    """
+
+    name: str
+    context: tuple[int, ...]
+    question: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+    answer: int
+    lengths: tuple[int, ...]
+
+
+class Examples(Sequence[E], Generic[E]):
+    """Examples that are made when they are asked for.
+
+    Parameters
+    ----------
+    count : int
+        How many there are.
+    make : callable
+        Makes the i-th; the same one whenever it is asked.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], E]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> E: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[E]: ...
+    def __getitem__(self, index: int | slice) -> E | Sequence[E]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if not 0 <= index < self._count:
+            raise IndexError(f"example {index} does not exist: there are 0 to {self._count - 1}")
+        return self._make(index)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of a benchmark.
+
+    Attributes
+    ----------
+    name : str
+        What rows and tables call it, e.g. ``"ruler/vt"``.
+    schedule : str
+        How the paper that it is taken from evicts: ``"prefill"``, once behind the prompt, or ``"periodic"``.
+    """
+
+    name: str
+    schedule: str
+
+
+@dataclass(frozen=True)
+class QuestionTask(Task):
+    """Answers are generated and scored by their text."""
+
+    questions: Sequence[Question]
+    score: Score
+
+
+@dataclass(frozen=True)
+class ChoiceTask(Task):
+    """The likeliest option is the answer."""
+
+    choices: Sequence[Choice]
+
+
+@dataclass(frozen=True)
+class TraceTask(Task):
+    """Losses of teacher-forced traces.
+
+    Attributes
+    ----------
+    entropy : bool
+        Whether the losses are split by the tokens' entropy in the full cache.
+    """
+
+    source: TraceSource
+    entropy: bool = False
+
+
+@dataclass(frozen=True)
+class TaskSetting:
+    """What a benchmark is made for.
+
+    Attributes
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The LLM's.
+    length : int
+        Most tokens of a prompt together with what is generated; of a trace.
+    num_examples : int
+        Most examples of each task.
+    split : str
+        ``"train"``, ``"validation"`` or ``"test"``, where a task has splits or makes its own examples.
+    data : Path or None
+        Directory of files that are read instead of what the ``datasets`` package would download.
+    chat : bool
+        Whether prompts are put into the tokenizer's chat template, if it has one.
+    """
+
+    tokenizer: Any
+    length: int = 4096
+    num_examples: int = 200
+    split: str = "test"
+    data: Path | None = None
+    chat: bool = True
+
+
+Builder = Callable[[TaskSetting], Sequence[Task]]
+"""Makes the tasks of a benchmark."""
