@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,32 +23,40 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Row:
-    """One policy on one trace with one seed at one budget. Losses are in nats.
+    """One policy on one trace, or one example of a task, with one seed at one budget. Losses are in nats.
 
     Attributes
     ----------
     policy, traces, split, trace : str, str, str, int
-        Who, and on what: the name of the traces and a trace's id in the split.
+        Who, and on what: the name of the traces or of the task, and a trace's id in the split.
     seed : int
-        Seed of the noise; policies without noise have equal rows for all seeds.
+        Seed of the noise, and of sampled answers; policies without noise have equal rows for all seeds.
     budget, interval, schedule : int, int, str
         B, W and the schedule.
     score_from : int
-        Only targets at positions above this one are scored, and answers that start above it.
+        Only targets at positions above this one are scored, and answers that start above it; 0 for tasks.
     scored_tokens, scored_answers : int
         How many targets and answers that are.
-    lm_loss, full_lm_loss : float
-        Mean NLL of the scored targets, and the full cache's.
+    lm_loss, full_lm_loss : float or None
+        Mean NLL of the scored targets, and the full cache's. None for tasks that are answered.
     answer_loss, full_answer_loss : float or None
-        Mean NLL of the scored answers' tokens, and the full cache's. None where no answer is scored.
+        Mean NLL of the scored answers' tokens, or of a right choice's, and the full cache's. None where there is none.
     answer_accuracy : float or None
         Share of scored answers of which every token is the most likely one.
-    low_entropy_increase : float
+    low_entropy_increase : float or None
         Mean of NLL minus full-cache NLL over the 80 % of the scored targets with the least full-cache entropy.
     agreement_with_golden : float or None
         Share of evicted pairs that golden would have evicted from the same states; None for the full cache.
-    kept_fraction : float
+    kept_fraction : float or None
         Pairs that a scored target's query sees over those that it would see in the full cache, mean over the targets.
+    loss_by_entropy, full_loss_by_entropy : sequence of float, or None
+        Mean NLL of the scored targets, and the full cache's, by tenth of their full-cache entropy; None if not asked.
+    score : float or None
+        What the task's score says of the answer, between 0 and 1.
+    generated_tokens : int or None
+        How long the generated answer is.
+    truncated : bool or None
+        Whether it reached the most tokens that it could have.
     """
 
     policy: str
@@ -60,16 +68,25 @@ class Row:
     interval: int
     schedule: str
     score_from: int
-    scored_tokens: int
-    scored_answers: int
-    lm_loss: float
-    full_lm_loss: float
-    answer_loss: float | None
-    full_answer_loss: float | None
-    answer_accuracy: float | None
-    low_entropy_increase: float
-    agreement_with_golden: float | None
-    kept_fraction: float
+    scored_tokens: int = 0
+    scored_answers: int = 0
+    lm_loss: float | None = None
+    full_lm_loss: float | None = None
+    answer_loss: float | None = None
+    full_answer_loss: float | None = None
+    answer_accuracy: float | None = None
+    low_entropy_increase: float | None = None
+    agreement_with_golden: float | None = None
+    kept_fraction: float | None = None
+    loss_by_entropy: Sequence[float] | None = None
+    full_loss_by_entropy: Sequence[float] | None = None
+    score: float | None = None
+    generated_tokens: int | None = None
+    truncated: bool | None = None
+
+
+PARTS_BY_ENTROPY = 10
+"""Into how many equal parts targets are split by their entropy."""
 
 
 def evaluate(
@@ -85,6 +102,7 @@ def evaluate(
     seeds: Sequence[int] = (0,),
     score_from: int | None = None,
     batch_size: int = 16,
+    by_entropy: bool = False,
 ) -> Iterator[list[Row]]:
     """Run policies on traces and yield rows as they come: one batch of traces after another, one policy at a time.
 
@@ -112,6 +130,8 @@ def evaluate(
         interval, or the longest prompt under the schedule ``prefill``.
     batch_size : int
         Traces decoded side by side.
+    by_entropy : bool
+        Whether rows have the losses by the targets' entropy.
 
     Yields
     ------
@@ -124,19 +144,30 @@ def evaluate(
         If a budget, seed, trace or need is impossible; the message names it.
     """
     protection = protection or Protection(recent=interval)
-    for name, values in (("policies", policies), ("budgets", budgets), ("seeds", seeds), ("traces", trace_ids)):
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} {list(values)} must hold at least one and nothing twice")
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1")
+    check_cells(batch_size, policies=policies, budgets=budgets, seeds=seeds, traces=trace_ids)
     if score_from is None:
         score_from = max(budgets) + interval if schedule == "periodic" else source.max_prompt_length
-    setting = _Setting(tuple(budgets), interval, schedule, protection, score_from)
+    setting = _Setting(tuple(budgets), interval, schedule, protection, score_from, by_entropy)
     for start in range(0, len(trace_ids), batch_size):
         batch = _Batch(model, source, trace_ids[start : start + batch_size], setting)
         for budget in budgets:
             for name, policy in policies.items():
                 yield list(batch.rows(name, policy, budget, seeds))
+
+
+def check_cells(batch_size: int, **axes: Collection[object]) -> None:
+    """Refuse a comparison without any cell, or with one twice.
+
+    Raises
+    ------
+    ValueError
+        Naming what is impossible.
+    """
+    for name, values in axes.items():
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} {list(values)} must hold at least one and nothing twice")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
 
 
 def kept_fraction(
@@ -163,6 +194,7 @@ class _Setting:
     schedule: str
     protection: Protection
     score_from: int
+    by_entropy: bool
 
     def check(self, trace: Trace) -> None:
         """Refuse a trace on which a budget is impossible or nothing is scored."""
@@ -303,6 +335,11 @@ class _Batch:
         length, scored = len(trace.tokens), slice(setting.score_from, None)
         answers = [slice(start - 1, stop - 1) for start, stop in trace.answers if start > setting.score_from]
         first = length if policy is None else self._anchors(budget)[index]
+        parts = (
+            np.array_split(np.argsort(full.entropy[scored], kind="stable"), PARTS_BY_ENTROPY)
+            if setting.by_entropy
+            else None
+        )
         return Row(
             policy=name,
             traces=self.source.name,
@@ -325,6 +362,8 @@ class _Batch:
             ),
             agreement_with_golden=agreement,
             kept_fraction=kept_fraction(length, first, budget, setting.interval, setting.schedule, setting.score_from),
+            loss_by_entropy=[_mean(losses.nll[scored][part]) for part in parts] if parts else None,
+            full_loss_by_entropy=[_mean(full.nll[scored][part]) for part in parts] if parts else None,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +82,8 @@ class EvictingCache(HandedCache):
         Pairs never evicted; if not given, the first 4 and the newest W.
     seed : int
         Of the noise that random policies draw from.
+    rollouts : sequence of int, optional
+        Rollout number of each row, for the noise; 0, 1, ... if not given.
     compileable : bool
         Whether ``generate`` may compile the decoding of single tokens: on accelerators it then does so by itself, as
         with static caches, elsewhere if its ``compile_config`` says so. The first tokens wait for it.
@@ -107,6 +109,7 @@ class EvictingCache(HandedCache):
         schedule: str = "periodic",
         protection: Protection | None = None,
         seed: int = 0,
+        rollouts: Sequence[int] | None = None,
         compileable: bool = False,
     ) -> None:
         needs: frozenset[str] = getattr(policy, "needs", frozenset())
@@ -127,7 +130,7 @@ class EvictingCache(HandedCache):
         self.model, self.policy, self.budget, self.interval, self.seed = model, policy, budget, interval, seed
         self.periodic, self.looked_at = schedule == "periodic", bool(needs & LOOKED_AT)
         self._needs = needs | {"queries"} if self.looked_at else needs
-        self._compileable = compileable
+        self._compileable, self._rollouts = compileable, rollouts
         self.seen, self._scaling = 0, 1.0
         self._slots: SlotCache | None = None
         self._step: TokenStep | None = None
@@ -221,6 +224,8 @@ class EvictingCache(HandedCache):
                 seed=self.seed,
             )
             slots.prompt_length.copy_(torch.as_tensor(columns - pads))
+            if self._rollouts is not None:
+                slots.rollout.copy_(torch.as_tensor(self._rollouts))
         self._settle()
         if size != slots.capacity:
             slots.resize(size)
