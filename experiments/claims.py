@@ -21,6 +21,7 @@ from agents.ppo import PPOConfig
 from experiments import evaluate, record
 from experiments.jobs import Job
 from experiments.learners import GRPO, KVP, PPO, DecodingArgs, Imitation, LearnerArgs, PaidArgs, RolloutArgs, RunArgs
+from experiments.results import read_rows, write_rows
 from experiments.runs import CONFIG, POLICY, changed, read_config, to_json
 from experiments.train import train
 from kvenv.evaluation import FULL, Row
@@ -160,7 +161,7 @@ class Plan:
     def rows(self, split: str) -> list[Row]:
         """Return what was measured on a split's traces; a row's seed is that of the training."""
         paths = sorted((self.out / "rows").glob(f"{split}-*.json"))
-        rows = [row for path in paths for row in evaluate.read_rows(path)]
+        rows = [row for path in paths for row in read_rows(path)]
         seeded = (*LEARNERS, "ppo-initial")
         return [row for row in rows if row.policy not in seeded or row.seed in self.size.seeds]
 
@@ -317,5 +318,5 @@ def measure(args: evaluate.Args, contestants: Sequence[Contestant], paths: Seque
             one, _ = todo[row.policy]
             rows[row.policy].append(replace(row, policy=one.name, seed=one.seed))
     for label, (_, path) in todo.items():
-        evaluate.write_rows(rows[label], path)
+        write_rows(rows[label], path)
     write_atomic(result, "")

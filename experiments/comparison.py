@@ -31,8 +31,14 @@ METRICS = (
     "low_entropy_increase",
     "agreement_with_golden",
     "kept_fraction",
+    "score",
+    "generated_tokens",
+    "truncated",
 )
 """The fields of a row that are compared."""
+
+YARDSTICKS = {"score": 1, "answer_loss": -1, "lm_loss": -1}
+"""What says which policy is better, the first that is measured, and whether more of it is."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,8 @@ class Cell:
         By metric; those that no row has are missing.
     to_golden : Estimate or None
         Paired difference of answer loss: the policy's minus golden's, if golden was run.
+    by_entropy : tuple of two arrays, or None
+        Mean loss by tenth of the full-cache entropy, and the full cache's, if rows have them.
     """
 
     family: str
@@ -166,6 +174,7 @@ class Cell:
     budget: int
     estimates: dict[str, Estimate]
     to_golden: Estimate | None
+    by_entropy: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def saturated(self) -> bool:
@@ -259,8 +268,34 @@ class Comparison:
         estimates = {metric: bootstrap(array) for metric, array in values.items() if array.size}
         golden = "answer_loss" in estimates and self.has(family, "golden", budget)
         return Cell(
-            family, policy, budget, estimates, self.difference(family, policy, "golden", budget) if golden else None
+            family,
+            policy,
+            budget,
+            estimates,
+            self.difference(family, policy, "golden", budget) if golden else None,
+            self._by_entropy(family, policy, budget),
         )
+
+    def _by_entropy(self, family: str, policy: str, budget: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return a cell's mean losses, and the full cache's, by tenth of the full-cache entropy."""
+        rows = list(self._cells[family, policy, budget].values())
+        if any(row.loss_by_entropy is None for row in rows):
+            return None
+        lost, full = (
+            np.array([getattr(row, name) for row in rows]) for name in ("loss_by_entropy", "full_loss_by_entropy")
+        )
+        return lost.mean(axis=0), full.mean(axis=0)
+
+    def yardstick(self, family: str) -> str:
+        """Return what says which policy is better on a family: the first of :data:`YARDSTICKS` that rows have."""
+        rows = [row for (name, _, _), cell in self._cells.items() if name == family for row in cell.values()]
+        return next(metric for metric in YARDSTICKS if any(getattr(row, metric) is not None for row in rows))
+
+    def better(self, family: str, one: str, other: str, budget: int) -> bool:
+        """Return whether a policy beats another in a cell: the paired interval of the yardstick excludes 0."""
+        metric = self.yardstick(family)
+        pair = (one, other) if YARDSTICKS[metric] < 0 else (other, one)
+        return beats(self.difference(family, *pair, budget, metric))
 
     def without_answers(self, family: str) -> tuple[int, int]:
         """Return how many traces of a family have no scored answer, of how many."""

@@ -16,6 +16,7 @@ from agents.grpo import GRPOConfig
 from agents.imitation import ImitationConfig
 from experiments import evaluate, learners, show, train
 from experiments.speed import measure
+from experiments.tables import report, wide_console
 from kvenv.models import load_model
 
 NOT_COMPARED = ("golden-expected",)
@@ -43,7 +44,7 @@ class Args:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the demo."""
     args = tyro.cli(Args, args=argv, prog="kvenv demo")
-    console = evaluate.wide_console()
+    console = wide_console()
     # On free cores two threads are 1.4 times as fast as one; beside any other busy process they are 10 times slower.
     torch.set_num_threads(1)
 
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         policies=("full", imitation, grpo, *rivals), budgets=args.budgets, traces=args.traces,
         num_traces=args.num_traces, out=args.out / "evaluation", device=args.device,
     )  # fmt: skip
-    evaluate.report(evaluate.measure(evaluation), evaluation.out, console)
+    shutil.rmtree(evaluation.out, ignore_errors=True)
+    report(evaluate.measure(evaluation), evaluation.out, console)
 
     console.rule("5. One trace, window by window")
     show.main([

@@ -1,84 +1,102 @@
-"""Compare policies on the same traces at the same budgets: results.json, a table, a plot and TensorBoard scalars."""
+"""Compare policies on the same traces or tasks at the same budgets: rows, tables, plots, TensorBoard scalars."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Sequence
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import agents
-from experiments.comparison import METRICS, Cell, Comparison, Estimate, beats
 from experiments.progress import track
+from experiments.results import Results, digest
+from experiments.tables import report, wide_console
+from kvenv.answering import Answer, Decoding, answer, answerable
 from kvenv.evaluation import FULL, Row, evaluate
-from kvenv.files import write_atomic
 from kvenv.layerwise import Policy
-from kvenv.models import load_model
+from kvenv.models import LoadedModel, load_model
 from kvenv.state import Protection
-from kvenv.traces import TraceSource, load_traces
+from kvenv.store import fingerprint
+from kvenv.tasks import ChoiceTask, QuestionTask, Task, TaskSetting, TraceTask, load_tasks
+from kvenv.traces import load_traces
 
-SCALARS = ("answer_loss", "answer_accuracy", "low_entropy_increase", "agreement_with_golden")
-"""What goes to TensorBoard, with the budget as step."""
-
-
-WIDTH = 120
-"""Columns of a table that isn't printed to a terminal."""
+EVICTED_ONCE_RECENT = 16
+"""Newest tokens that are never evicted where a prompt is evicted from once, as in KVP's paper."""
 
 
 @dataclass
 class Args:
-    """Compare policies on the same traces at the same budgets."""
+    """Compare policies on the same traces or tasks at the same budgets."""
 
     policies: tuple[str, ...] = ("full", "golden", "random", "streaming", "h2o", "snapkv", "keydiff")
-    """Names, directories of learned policies, or "full" for no eviction; "random" is always added."""
+    """Names, directories or hub ids of learned policies, or "full" for no eviction; "random" is always added. Those
+    that know the future are left out where answers are generated."""
     budgets: tuple[int, ...] = (32, 64, 128)
     """Pairs that every (layer, KV head) keeps after an eviction."""
-    traces: tuple[str, ...] = ("recall",)
-    """Families, files, datasets or registered names."""
+    traces: tuple[str, ...] = ()
+    """Families, files, datasets or registered names; recall if neither traces nor tasks are given."""
+    tasks: tuple[str, ...] = ()
+    """The papers' benchmarks: ruler, perplexity, reasoning, zeroshot, entropy, or one of their tasks, e.g. ruler/vt."""
+    task_data: Path | None = None
+    """Directory of the tasks' files, which else are downloaded where they can be."""
     trace_length: int = 512
-    """Tokens of a trace."""
+    """Tokens of a trace; most tokens of a task's prompt and answer together."""
     first_trace: int = 0
-    """Id of the first trace in the split's sequence."""
+    """Id of the first trace, or example, in the split's sequence."""
     num_traces: int = 200
-    """Traces of each family."""
+    """Traces of each family, most examples of each task."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of the noise; policies without noise run once."""
+    """Seeds of noise and sampling; as many answers are averaged (average@k)."""
     out: Path = Path("runs/evaluate")
-    """Directory for results.json, loss.png and TensorBoard event files."""
+    """Directory for results.json, plots and TensorBoard event files; a second call goes on there."""
     model: str = "tiny"
     """The LLM: "tiny", a directory, a hub id or a registered name."""
     split: str = "test"
     """Split of the traces: train, validation or test."""
     interval: int = 16
     """Tokens decoded between two evictions."""
-    schedule: str = "periodic"
-    """"periodic", or "prefill": one eviction, at the end of the prompt."""
+    schedule: Literal["periodic", "prefill"] | None = None
+    """Evict periodically, or once, at the end of the prompt; if not given, as the task's paper does: prefill for ruler
+    and zeroshot, else periodic."""
+    question: Literal["included", "held-out"] = "included"
+    """Whether the one eviction of the schedule prefill sees the question, or only what comes before it."""
+    temperature: float = 0.0
+    """Of sampled answers; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Share of the probability that answers are sampled from."""
+    chat: bool = True
+    """Whether tasks use the tokenizer's chat template, if it has one."""
     sinks: int = 4
     """First tokens of a trace that are never evicted."""
     recent: int | None = None
-    """Newest tokens that are never evicted; the interval if not given."""
+    """Newest tokens that are never evicted; if not given, the interval, or 16 under the schedule prefill."""
     protect_prompt: bool = False
     """Whether the whole prompt is never evicted."""
     score_from: int | None = None
-    """Score only targets above this position, e.g. that of a run with larger budgets; the largest budget plus interval
-    if not given."""
+    """Score only targets of traces above this position, e.g. that of a run with larger budgets; the largest budget plus
+    interval if not given."""
     batch_size: int = 16
-    """Traces decoded side by side."""
+    """Traces or examples decoded side by side."""
     device: str = "cpu"
     """PyTorch device."""
     dtype: str = "float32"
     """The LLM's dtype."""
 
-    def protection(self) -> Protection:
-        """Return which pairs are never evicted."""
-        return Protection(self.sinks, self.interval if self.recent is None else self.recent, self.protect_prompt)
+    def protection(self, schedule: str) -> Protection:
+        """Return which pairs are never evicted under a schedule."""
+        recent = self.recent
+        if recent is None:
+            recent = self.interval if schedule == "periodic" else EVICTED_ONCE_RECENT
+        return Protection(self.sinks, recent, self.protect_prompt)
+
+    def decoding(self, schedule: str) -> Decoding:
+        """Return how answers are decoded under a schedule."""
+        held_out = self.question == "held-out"
+        return Decoding(self.interval, schedule, self.protection(schedule), held_out, self.temperature, self.top_p)
 
 
 def make_policies(names: Sequence[str], device: str) -> dict[str, Policy | None]:
@@ -110,180 +128,175 @@ def make_policies(names: Sequence[str], device: str) -> dict[str, Policy | None]
 
 
 def measure(args: Args) -> list[Row]:
-    """Evaluate as ``args`` say and write results.json after every batch of traces."""
+    """Evaluate as ``args`` say, go on where an earlier call stopped, and write after every batch."""
     _check(args)
     loaded = load_model(args.model, dtype=args.dtype, device=args.device)
     loaded.check_length(args.trace_length)
     policies = make_policies(args.policies, args.device)
-    rows: list[Row] = []
-    for name in args.traces:
-        source = _source(args, name, loaded.tokenizer)
-        cells = evaluate(
-            policies,
-            source,
-            range(args.first_trace, args.first_trace + args.num_traces),
-            model=loaded.model,
-            budgets=args.budgets,
-            interval=args.interval,
-            schedule=args.schedule,
-            protection=args.protection(),
-            seeds=args.seeds,
-            score_from=args.score_from,
-            batch_size=args.batch_size,
-        )
-        # Written only when all policies ran on the same traces: what a killed run leaves can be compared, too.
-        a_batch = len(args.budgets) * len(policies)
-        total = a_batch * -(-args.num_traces // max(1, args.batch_size))
-        for number, cell in enumerate(track(cells, f"evaluating on {name}", total=total), start=1):
-            rows += cell
-            if number % a_batch == 0:
-                write_rows(rows, args.out / "results.json")
-    return rows
+    names = args.traces or (() if args.tasks else ("recall",))
+    # All are loaded before the first is measured: what is wrong with the last is said at once.
+    tasks: list[Task] = [_traces(args, name, loaded.tokenizer) for name in names]
+    tasks += [task for name in args.tasks for task in load_tasks(name, _setting(args, loaded.tokenizer))]
+    results = Results(args.out, _terms(args, loaded))
+    try:
+        for task in tasks:
+            _measure_task(args, task, policies, loaded, results)
+    finally:
+        if results.rows:
+            results.write()
+    return results.rows
 
 
-def _check(args: Args) -> None:
-    """Refuse what only the command knows to be wrong, or would find out late."""
-    for name, values in (("policies", args.policies), ("traces", args.traces)):
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} {list(values)} must hold at least one and nothing twice")
-    if args.num_traces < 1:
-        raise ValueError(f"num_traces {args.num_traces} must be at least 1")
-    if args.first_trace < 0:
-        raise ValueError(f"first_trace {args.first_trace} must be at least 0")
-    least = max(args.budgets, default=0) + args.interval
-    if args.schedule == "periodic" and args.score_from is not None and args.score_from < least:
-        raise ValueError(
-            f"score_from {args.score_from} is below the largest budget plus interval: choose {least} or more"
-        )
-
-
-def _source(args: Args, name: str, tokenizer: Any) -> TraceSource:
-    """Return the traces of a name, which must be enough."""
-    source = load_traces(
-        name, split=args.split, tokenizer=tokenizer, trace_length=args.trace_length, schedule=args.schedule
+def _measure_task(
+    args: Args, task: Task, policies: dict[str, Policy | None], loaded: LoadedModel, results: Results
+) -> None:
+    """Measure what is missing of a task."""
+    if not isinstance(task, TraceTask):
+        policies = _answering(policies, task.name)
+    a_batch = len(args.budgets) * len(policies)
+    ids = results.missing(task.name, _ids(args, task), a_batch * len(args.seeds))
+    if not ids:
+        return
+    cells: Iterable[list[Row] | list[Answer]] = (
+        _of_traces(args, task, ids, policies, loaded)
+        if isinstance(task, TraceTask)
+        else _of_answers(args, task, ids, policies, loaded)
     )
-    if source.size is not None and args.first_trace + args.num_traces > source.size:
-        raise ValueError(
-            f"traces {name!r} are {source.size}: --first-trace {args.first_trace} and --num-traces {args.num_traces} "
-            "ask for more"
-        )
-    return source
+    measured = track(cells, f"evaluating on {task.name}", total=a_batch * -(-len(ids) // args.batch_size))
+    # Taken in only when all policies ran on the same traces: what a killed run leaves can be compared, too.
+    while batch := [row for cell in itertools.islice(measured, a_batch) for row in cell]:
+        results.add(batch)
 
 
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write rows as a JSON list, one row a line."""
-    write_atomic(path, "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n")
+def _of_traces(
+    args: Args, task: TraceTask, ids: Sequence[int], policies: dict[str, Policy | None], loaded: LoadedModel
+) -> Iterator[list[Row]]:
+    """Yield the rows of traces."""
+    schedule = args.schedule or task.schedule
+    return evaluate(
+        policies,
+        task.source,
+        ids,
+        model=loaded.model,
+        budgets=args.budgets,
+        interval=args.interval,
+        schedule=schedule,
+        protection=args.protection(schedule),
+        seeds=args.seeds,
+        score_from=args.score_from,
+        batch_size=args.batch_size,
+        by_entropy=task.entropy,
+    )
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a results.json.
+def _of_answers(
+    args: Args,
+    task: QuestionTask | ChoiceTask,
+    ids: Sequence[int],
+    policies: dict[str, Policy | None],
+    loaded: LoadedModel,
+) -> Iterator[list[Answer]]:
+    """Yield the answers to examples."""
+    return answer(
+        policies,
+        task,
+        ids,
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        budgets=args.budgets,
+        decoding=args.decoding(args.schedule or task.schedule),
+        seeds=args.seeds,
+        split=args.split,
+        batch_size=args.batch_size,
+    )
+
+
+def _ids(args: Args, task: Task) -> Sequence[int]:
+    """Return which traces, or examples, are to be measured.
 
     Raises
     ------
     ValueError
-        If the file is no list of rows.
+        If there are fewer traces than asked for, or no example at all.
     """
-    try:
-        return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is not a results.json: {error}") from error
+    ids = range(args.first_trace, args.first_trace + args.num_traces)
+    if isinstance(task, TraceTask):
+        size = task.source.size
+        if size is not None and ids.stop > size:
+            raise ValueError(
+                f"traces {task.name!r} are {size}: --first-trace {args.first_trace} and --num-traces "
+                f"{args.num_traces} ask for more"
+            )
+        return ids
+    if not ids[: len(task.examples) - ids.start]:
+        raise ValueError(f"task {task.name!r} has {len(task.examples)} examples, --first-trace {ids.start} is beyond")
+    return ids[: len(task.examples) - ids.start]
 
 
-def make_table(comparison: Comparison, cells: Sequence[Cell], family: str) -> Table:
-    """Return the table of one family: a section per budget, a line per policy."""
-    empty, total = comparison.without_answers(family)
-    table = Table(
-        title=f"{family}: {total} traces, scored above position {comparison.score_from[family]}",
-        caption="Mean [95 % interval] over traces × seeds; acc.: answer accuracy; low-H rise: loss increase on "
-        "low-entropy tokens; as golden: evictions shared; kept: share of pairs. · saturated: golden is within 0.05 "
-        "nat. > beats random, < is beaten by it: the paired 95 % interval excludes 0."
-        + (f" {empty} traces have no scored answer." if empty else ""),
-        box=box.SIMPLE,
-        padding=0,
-    )
-    table.add_column("policy", no_wrap=True)
-    for heading in ("answer\nloss", "minus\ngolden", "acc.", "LM\nloss", "low-H\nrise", "as\ngolden", "kept"):
-        table.add_column(heading, justify="right", no_wrap=heading not in ("answer\nloss", "minus\ngolden"))
-    budget = None
-    for cell in (cell for cell in cells if cell.family == family):
-        if cell.budget != budget:
-            budget = cell.budget
-            table.add_section()
-            table.add_row(f"budget {budget}", style="underline")
-        estimates = cell.estimates
-        frame = cell.policy in ("golden", "golden-expected", "random", FULL)
-        table.add_row(
-            cell.policy
-            + " ·" * (cell.saturated and cell.policy not in ("golden", FULL))
-            + _against_random(comparison, cell),
-            _with_interval(estimates.get("answer_loss")),
-            "" if cell.policy == "golden" else _with_interval(cell.to_golden, "+"),
-            *(
-                "-" if metric not in estimates else f"{estimates[metric].mean:.3f}"
-                for metric in METRICS
-                if metric != "answer_loss"
-            ),
-            style="bold" if frame else None,
+def _answering(policies: dict[str, Policy | None], task: str) -> dict[str, Policy | None]:
+    """Return the policies that don't know the future, and say which do.
+
+    Raises
+    ------
+    ValueError
+        If all do.
+    """
+    left = {name: policy for name, policy in policies.items() if policy is None or answerable(policy)}
+    if out := [name for name in policies if name not in left]:
+        print(f"{task}: {', '.join(out)} left out: nobody knows the future of what is generated", file=sys.stderr)
+    if not left:
+        raise ValueError(f"policies {list(policies)} all know the future, and {task} is answered without")
+    return left
+
+
+def _check(args: Args) -> None:
+    """Refuse what only the command knows to be wrong, or would find out late."""
+    if not args.policies:
+        raise ValueError("policies [] must hold at least one")
+    for name, values in (("policies", args.policies), ("traces", args.traces), ("tasks", args.tasks)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} {list(values)} must hold nothing twice")
+    for name, number, at_least in (
+        ("num_traces", args.num_traces, 1),
+        ("first_trace", args.first_trace, 0),
+        ("batch_size", args.batch_size, 1),
+    ):
+        if number < at_least:
+            raise ValueError(f"{name} {number} must be at least {at_least}")
+    least = max(args.budgets, default=0) + args.interval
+    if args.schedule != "prefill" and args.score_from is not None and args.score_from < least:
+        raise ValueError(
+            f"score_from {args.score_from} is below the largest budget plus interval: choose {least} or more"
         )
-    return table
+    args.decoding(args.schedule or "prefill")
 
 
-def _against_random(comparison: Comparison, cell: Cell) -> str:
-    """Return the mark of a policy that beats random in its cell, or is beaten by it."""
-    if cell.policy in ("random", FULL) or "random" not in comparison.policies or "answer_loss" not in cell.estimates:
-        return ""
-    pair = (cell.policy, "random")
-    if beats(comparison.difference(cell.family, *pair, cell.budget)):
-        return " >"
-    return " <" if beats(comparison.difference(cell.family, *pair[::-1], cell.budget)) else ""
+def _traces(args: Args, name: str, tokenizer: Any) -> TraceTask:
+    """Return the traces of a name as a task."""
+    schedule = args.schedule or "periodic"
+    source = load_traces(name, split=args.split, tokenizer=tokenizer, trace_length=args.trace_length, schedule=schedule)
+    return TraceTask(source.name, schedule, source)
 
 
-def _with_interval(estimate: Estimate | None, sign: str = "") -> str:
-    if estimate is None:
-        return "-"
-    return f"{estimate.mean:{sign}.3f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+def _setting(args: Args, tokenizer: Any) -> TaskSetting:
+    """Return what benchmarks are made for."""
+    return TaskSetting(
+        tokenizer=tokenizer,
+        length=args.trace_length,
+        num_examples=args.first_trace + args.num_traces,
+        split=args.split,
+        data=args.task_data,
+        chat=args.chat,
+    )
 
 
-def write_scalars(cells: Sequence[Cell], directory: Path) -> None:
-    """Write TensorBoard scalars, one run per family and policy, the budget as step."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    for family, policy in dict.fromkeys((cell.family, cell.policy) for cell in cells):
-        run = directory / _file_name(family) / _file_name(policy)
-        # results.json is written anew; an old event file beside the new one would make its curves zigzag.
-        for old in run.glob("events.out.tfevents.*"):
-            old.unlink()
-        with SummaryWriter(str(run)) as writer:
-            for cell in cells:
-                if (cell.family, cell.policy) == (family, policy):
-                    for metric in SCALARS:
-                        if metric in cell.estimates:
-                            writer.add_scalar(f"eval/{metric}", cell.estimates[metric].mean, cell.budget)
-
-
-def _file_name(name: str) -> str:
-    """Return a name, which may be a path, as one that a directory can have."""
-    return re.sub(r"[^\w.-]+", "_", name).strip("._") or "_"
-
-
-def wide_console() -> Console:
-    """Return a console that doesn't squeeze tables into 80 columns where nobody said how wide it is (a log, a pipe)."""
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
-
-
-def report(rows: Sequence[Row], out: Path, console: Console) -> Comparison:
-    """Print the tables, draw the plot and write the scalars of rows."""
-    comparison = Comparison(rows)
-    cells = comparison.cells()
-    for family in comparison.families:
-        console.print(make_table(comparison, cells, family))
-    # Imported here: matplotlib takes a second, and bad arguments shall not wait for it.
-    from experiments.plots import plot_losses
-
-    plot_losses(cells, out / "loss.png")
-    write_scalars(cells, out / "tensorboard")
-    return comparison
+def _terms(args: Args, loaded: LoadedModel) -> dict[str, Any]:
+    """Return all that rows depend on: not where they are written, nor how many are computed at once."""
+    terms = {name: value for name, value in asdict(args).items() if name not in ("out", "batch_size", "device")}
+    terms["policies"] = [
+        f"{name} ({digest(Path(name))[:12]})" if Path(name).is_dir() else name for name in args.policies
+    ]
+    return terms | {"fingerprint": fingerprint(loaded.model)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

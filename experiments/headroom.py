@@ -19,6 +19,9 @@ from rich.table import Table
 import agents
 from experiments import evaluate
 from experiments.comparison import Comparison, Estimate
+from experiments.results import write_rows
+from experiments.tables import report as report_rows
+from experiments.tables import wide_console
 from kvenv.evaluation import FULL, Row
 from kvenv.files import write_atomic
 
@@ -144,7 +147,8 @@ def measure(args: Args) -> tuple[list[Row], dict[str, float]]:
     options = asdict(args)
     expected = options.pop("expected")
     policies = (FULL, *(name for name in agents.names(trained=False) if name != "golden-expected"))
-    others = evaluate.Args(**options, budgets=(args.budget,), policies=policies)
+    out = options.pop("out")
+    others = evaluate.Args(**options, budgets=(args.budget,), policies=policies, out=out / "others")
     runs = {"others": others}
     if expected:
         batch_size = max(1, args.batch_size // 8)
@@ -157,16 +161,16 @@ def measure(args: Args) -> tuple[list[Row], dict[str, float]]:
         start = time.monotonic()
         rows += evaluate.measure(run)
         seconds[name] = (time.monotonic() - start) / (args.num_traces * len(args.traces))
-    evaluate.write_rows(rows, args.out / "results.json")
+    write_rows(rows, args.out / "results.json")
     return rows, seconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = tyro.cli(Args, args=argv, prog="kvenv headroom")
-    console = evaluate.wide_console()
+    console = wide_console()
     rows, seconds = measure(args)
-    comparison = evaluate.report(rows, args.out, console)
+    comparison = report_rows(rows, args.out, console)
     found = [r for family in comparison.families for r in requirements(comparison, family, args.budget)]
     overall = verdicts(found)
     console.print(make_table(found))

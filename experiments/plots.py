@@ -12,8 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.comparison import Cell
+from experiments.comparison import YARDSTICKS, Cell
 from experiments.story import DISAGREES, NOTABLE, Story
+from kvenv.evaluation import FULL
 from kvenv.files import write_atomic
 
 MARKED: dict[str, tuple[object, str]] = {
@@ -27,6 +28,9 @@ MARKED: dict[str, tuple[object, str]] = {
 COLOURS = matplotlib.colormaps["tab20"]
 """Colours of the others, in the order in which they come."""
 
+PANELS = 5
+"""Panels beside each other."""
+
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
@@ -36,7 +40,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plot_losses(cells: Sequence[Cell], path: Path) -> None:
-    """Draw answer loss against budget, one panel per family, with 95 % intervals (LM loss where nothing is answered).
+    """Draw what policies are judged by against budget, one panel per family, with 95 % intervals.
+
+    That is the score where there is one, else answer loss, else LM loss.
 
     Parameters
     ----------
@@ -46,13 +52,14 @@ def plot_losses(cells: Sequence[Cell], path: Path) -> None:
         The PNG.
     """
     families = list(dict.fromkeys(cell.family for cell in cells))
-    others = [policy for policy in dict.fromkeys(cell.policy for cell in cells) if policy not in MARKED]
-    styles = MARKED | {policy: (COLOURS(number % COLOURS.N), "-") for number, policy in enumerate(others)}
-    figure = Figure(figsize=(4.5 * len(families) + 1.5, 4.5), layout="constrained")
+    styles = _styles(cells)
+    columns = min(len(families), PANELS)
+    rows = -(-len(families) // columns)
+    figure = Figure(figsize=(4.5 * columns + 1.5, 4.5 * rows), layout="constrained")
     for number, family in enumerate(families, start=1):
         here = [cell for cell in cells if cell.family == family]
-        metric = "answer_loss" if all("answer_loss" in cell.estimates for cell in here) else "lm_loss"
-        axes = figure.add_subplot(1, len(families), number)
+        metric = next(name for name in YARDSTICKS if all(name in cell.estimates for cell in here))
+        axes = figure.add_subplot(rows, columns, number)
         for policy in dict.fromkeys(cell.policy for cell in here):
             points = sorted((c.budget, c.estimates[metric]) for c in here if c.policy == policy)
             budgets, means = [budget for budget, _ in points], [estimate.mean for _, estimate in points]
@@ -63,9 +70,52 @@ def plot_losses(cells: Sequence[Cell], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({cell.budget for cell in here}))
         axes.get_xaxis().set_major_formatter("{x:.0f}")
-        axes.set(title=family, xlabel="budget (pairs per head)", ylabel=f"{metric.replace('_', ' ')} (nats)")
-    figure.legend(*axes.get_legend_handles_labels(), fontsize="small", loc="outside right upper")
+        unit = "" if metric == "score" else " (nats)"
+        axes.set(title=family, xlabel="budget (pairs per head)", ylabel=f"{metric.replace('_', ' ')}{unit}")
+    _legend(figure)
     save(figure, path)
+
+
+def plot_by_entropy(cells: Sequence[Cell], path: Path) -> None:
+    """Draw how much the loss rose by tenth of the tokens' full-cache entropy: a row per family, a column per budget.
+
+    ForesightKV's motivating figure: what eviction costs where the LLM was certain.
+
+    Parameters
+    ----------
+    cells : sequence of Cell
+        Some with losses by entropy.
+    path : Path
+        The PNG.
+    """
+    split = [(cell, *cell.by_entropy) for cell in cells if cell.by_entropy is not None and cell.policy != FULL]
+    styles = _styles(cells)
+    families = list(dict.fromkeys(cell.family for cell, *_ in split))
+    budgets = sorted({cell.budget for cell, *_ in split})
+    figure = Figure(figsize=(4.5 * len(budgets) + 1.5, 4 * len(families)), layout="constrained")
+    grid = figure.subplots(len(families), len(budgets), squeeze=False, sharey="row")
+    for cell, lost, full in split:
+        axes = grid[families.index(cell.family), budgets.index(cell.budget)]
+        colour, line = styles[cell.policy]
+        tenths = np.arange(1, len(lost) + 1)
+        axes.plot(tenths, 100 * (lost / full - 1), line, marker="o", markersize=3, color=colour, label=cell.policy)
+        axes.set(title=f"{cell.family}, budget {cell.budget}", xlabel="tenth of the tokens by full-cache entropy")
+        axes.set_ylabel("rise of the loss (%)")
+        axes.set_yscale("symlog", linthresh=10)
+    _legend(figure)
+    save(figure, path)
+
+
+def _styles(cells: Sequence[Cell]) -> dict[str, tuple[object, str]]:
+    """Return colour and line of every policy, in the order in which they come."""
+    others = [policy for policy in dict.fromkeys(cell.policy for cell in cells) if policy not in MARKED]
+    return MARKED | {policy: (COLOURS(number % COLOURS.N), "-") for number, policy in enumerate(others)}
+
+
+def _legend(figure: Figure) -> None:
+    """Say what the lines of all panels are, once."""
+    lines = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(list(lines.values()), list(lines), fontsize="small", loc="outside right upper")
 
 
 Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cli import run
-from experiments.evaluate import wide_console
 from experiments.runs import read_config, read_metrics
+from experiments.tables import wide_console
 from kvenv.files import write_atomic
 
 CURVES = {

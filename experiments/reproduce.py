@@ -23,10 +23,10 @@ import agents
 from experiments import verdicts
 from experiments.claims import LEARNERS, MIDDLE, Plan, Size, attention_free, heuristics
 from experiments.cli import run
-from experiments.evaluate import wide_console
 from experiments.jobs import read_times, run_jobs
 from experiments.report import load
 from experiments.runs import CONFIG, POLICY, commit, read_config
+from experiments.tables import wide_console
 from experiments.verdicts import Chosen, Claim, Measured
 from kvenv.files import write_atomic
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -268,10 +269,10 @@ class _Questions(_Batch[Question]):
                 seed=seed,
                 rollouts=self.ids,
             )
-        told = []
+        told, stops = [], self._stops()
         for question, tokens in zip(self.examples, self._generate(cache, seed), strict=True):
-            ends = [place for place, token in enumerate(tokens) if token in self._stops()]
-            said = tokens[: ends[0]] if ends else tokens[: question.max_new_tokens]
+            most = tokens[: question.max_new_tokens]
+            said = list(itertools.takewhile(lambda token: token not in stops, most))
             text = self.tokenizer.decode(said, skip_special_tokens=True)
             told.append(
                 _Told(text, self.score(text, question.references), len(said), len(said) == question.max_new_tokens)
@@ -359,5 +360,5 @@ def _batch(
 ) -> _Questions | _Choices:
     """Return examples of a task side by side."""
     if isinstance(task, QuestionTask):
-        return _Questions(task.score, tokenizer, task.name, ids, [task.questions[i] for i in ids], model, decoding)
-    return _Choices(task.name, ids, [task.choices[i] for i in ids], model, decoding)
+        return _Questions(task.score, tokenizer, task.name, ids, [task.examples[i] for i in ids], model, decoding)
+    return _Choices(task.name, ids, [task.examples[i] for i in ids], model, decoding)

@@ -15,6 +15,7 @@ from PIL import Image
 import agents
 import kvenv.lookahead
 from experiments import evaluate as command
+from experiments.results import read_rows
 from kvenv.evaluation import FULL, Row, evaluate, kept_fraction
 from kvenv.state import Protection
 from kvenv.traces import Trace, load_traces
@@ -186,7 +187,7 @@ def test_the_command_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(rows) == 4 * 2 * 2 * 2
     assert set(rows[0]) == {field.name for field in dataclasses.fields(Row)}
     assert {row["score_from"] for row in rows} == {56}
-    assert command.read_rows(tmp_path / "results.json")[3] == Row(**rows[3])
+    assert read_rows(tmp_path / "results.json")[3] == Row(**rows[3])
     with Image.open(tmp_path / "loss.png") as picture:
         assert picture.format == "PNG"
     out = capsys.readouterr().out
@@ -205,7 +206,7 @@ def test_the_command_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_random_is_always_in(tmp_path: Path) -> None:
     command.main([*SMALL, "--policies", "h2o", "--budgets", "24", "--out", str(tmp_path)])
-    assert {row.policy for row in command.read_rows(tmp_path / "results.json")} == {"h2o", "random"}
+    assert {row.policy for row in read_rows(tmp_path / "results.json")} == {"h2o", "random"}
 
 
 def test_a_killed_run_leaves_the_finished_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +218,7 @@ def test_a_killed_run_leaves_the_finished_batches(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(command, "evaluate", killed)
     with pytest.raises(KeyboardInterrupt):
         command.main([*SMALL, "--policies", "random", "--batch-size", "1", "--out", str(tmp_path)])
-    assert [row.trace for row in command.read_rows(tmp_path / "results.json")] == [0] * 4
+    assert [row.trace for row in read_rows(tmp_path / "results.json")] == [0] * 4
 
 
 @pytest.mark.parametrize(
@@ -253,4 +254,4 @@ def test_a_file_with_too_few_traces_is_refused(tmp_path: Path) -> None:
 def test_a_foreign_json_is_no_results(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('[{"policy": "h2o"}]')
     with pytest.raises(ValueError, match=r"is not a results\.json"):
-        command.read_rows(tmp_path / "results.json")
+        read_rows(tmp_path / "results.json")

@@ -19,9 +19,9 @@ from experiments.bench import GPU_ONLY, SECTIONS
 from experiments.bench.machine import facts
 from experiments.bench.measure import Row
 from experiments.cli import run
-from experiments.evaluate import wide_console
 from experiments.progress import track
 from experiments.runs import commit
+from experiments.tables import wide_console
 from kvenv.files import write_atomic
 
 

@@ -95,7 +95,7 @@ class Examples(Sequence[E], Generic[E]):
 
 
 @dataclass(frozen=True)
-class Task:
+class _Task:
     """One line of a benchmark.
 
     Attributes
@@ -111,22 +111,22 @@ class Task:
 
 
 @dataclass(frozen=True)
-class QuestionTask(Task):
+class QuestionTask(_Task):
     """Answers are generated and scored by their text."""
 
-    questions: Sequence[Question]
+    examples: Sequence[Question]
     score: Score
 
 
 @dataclass(frozen=True)
-class ChoiceTask(Task):
+class ChoiceTask(_Task):
     """The likeliest option is the answer."""
 
-    choices: Sequence[Choice]
+    examples: Sequence[Choice]
 
 
 @dataclass(frozen=True)
-class TraceTask(Task):
+class TraceTask(_Task):
     """Losses of teacher-forced traces.
 
     Attributes
@@ -137,6 +137,10 @@ class TraceTask(Task):
 
     source: TraceSource
     entropy: bool = False
+
+
+Task = QuestionTask | ChoiceTask | TraceTask
+"""What a benchmark consists of."""
 
 
 @dataclass(frozen=True)
