@@ -77,7 +77,8 @@ class Decoding:
         if not example.context or (self.held_out and not example.question):
             raise ValueError(f"{example.name}: the {'question' if example.context else 'prompt'} is empty")
         most = example.max_new_tokens if isinstance(example, Question) else max(map(len, example.options))
-        check_positions(model, len(example.context) + len(example.question) + most, type(model).__name__)
+        length = len(example.context) + len(example.question) + most
+        check_positions(model, length, type(model).__name__, f"{example.name}: the length with its answer,")
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
 
-    def check_length(self, tokens: int) -> None:
-        """Refuse traces longer than the model's positions or than its attention reaches.
+    def check_length(self, tokens: int, what: str = "trace_length") -> None:
+        """Refuse more tokens than the model has positions or than its attention reaches.
 
         Raises
         ------
@@ -54,24 +54,24 @@ class LoadedModel:
             Naming what is too short.
         """
         config = self.model.config.get_text_config()
-        check_positions(self.model, tokens, self.name)
+        check_positions(self.model, tokens, self.name, what)
         window = _sliding_window(config)
         if window is not None and window < tokens:
             raise ValueError(
-                f"model {self.name!r} attends over a sliding window of {window} tokens, shorter than trace_length "
-                f"{tokens}: kvenv needs full attention over a trace"
+                f"model {self.name!r} attends over a sliding window of {window} tokens, shorter than {what} "
+                f"{tokens}: kvenv needs full attention over all"
             )
         rope = getattr(config, "rope_parameters", None) or {}
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if rope.get("rope_type") in ("dynamic", "longrope") and tokens > original:
             raise ValueError(
                 f"model {self.name!r} rescales its rotary phases beyond {original} tokens, which would turn cached "
-                f"keys stale: trace_length {tokens} must not exceed it"
+                f"keys stale: {what} {tokens} must not exceed it"
             )
 
 
-def check_positions(model: PreTrainedModel, tokens: int, name: str) -> None:
-    """Refuse traces longer than the model's positions.
+def check_positions(model: PreTrainedModel, tokens: int, name: str, what: str = "trace_length") -> None:
+    """Refuse more tokens than the model has positions.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def check_positions(model: PreTrainedModel, tokens: int, name: str) -> None:
     """
     positions = model.config.get_text_config().max_position_embeddings
     if tokens > positions:
-        raise ValueError(f"trace_length {tokens} exceeds the {positions} positions of model {name!r}")
+        raise ValueError(f"{what} {tokens} exceeds the {positions} positions of model {name!r}")
 
 
 def load_model(

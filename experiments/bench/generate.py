@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import agents
 import kvenv
@@ -19,6 +19,7 @@ from experiments.bench.measure import Row, Side, alternate, compare
 from experiments.bench.models import work
 from experiments.bench.peer import Peer
 from experiments.bench.step import bare_copy
+from experiments.generate import compile_config
 from kvenv.models import load_model
 from kvenv.state import Protection
 
@@ -83,11 +84,7 @@ def target(name: str, other: str, batch: int, new: int, budget: int) -> str:
 def ours(model: PreTrainedModel, prompt: Tensor, new: int, budget: int, interval: int) -> dict[str, Side]:
     """Return generating under a budget, compiled and not."""
     policy, protection = agents.make(POLICY), Protection(SINKS, interval)
-    compiled = CompileConfig(dynamic=False)
-    if prompt.device.type == "cpu":
-        # By itself generate compiles on accelerators only. Here constant weights and no Python between kernels count.
-        compiled = CompileConfig(dynamic=False, mode=None, options={"freezing": True, "cpp_wrapper": True})  # type: ignore[arg-type]
-        compiled._compile_all_devices = True  # type: ignore[assignment]
+    compiled = compile_config(prompt.device)
 
     def side(compileable: bool) -> Side:
         how = {"compile_config": compiled} if compileable else {"disable_compile": True}
