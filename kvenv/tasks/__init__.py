@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
+from kvenv.tasks import stand_ins
 from kvenv.tasks.base import (
     Builder,
     Choice,
@@ -45,6 +46,8 @@ TASKS = {
 def load_tasks(name: str, setting: TaskSetting) -> Sequence[Task]:
     """Return the tasks of a benchmark, or the one that is named, e.g. ``"ruler"`` or ``"ruler/vt"``.
 
+    A tokenizer that can't spell plain text gets their stand-ins, see :mod:`kvenv.tasks.stand_ins`; their notes say so.
+
     Raises
     ------
     ValueError
@@ -53,7 +56,8 @@ def load_tasks(name: str, setting: TaskSetting) -> Sequence[Task]:
     benchmark, _, one = name.partition("/")
     if benchmark not in TASKS:
         raise ValueError(f"unknown task {name!r}: known are {', '.join(TASKS)}")
-    build: Builder = import_module(TASKS[benchmark]).build
+    spells = stand_ins.spells_text(setting.tokenizer)
+    build: Builder = import_module(TASKS[benchmark]).build if spells else stand_ins.BUILDERS[benchmark]
     tasks = build(setting)
     found = [task for task in tasks if not one or task.name == name]
     if not found:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 from kvenv.traces.source import TraceSource
+from kvenv.traces.words import SPLITS
 
 Score = Callable[[str, tuple[str, ...]], float]
 """From what was generated and what was expected to a score between 0 and 1."""
@@ -70,16 +71,18 @@ class Examples(Sequence[E], Generic[E]):
 
     Parameters
     ----------
-    count : int
-        How many there are.
+    count : int or callable
+        How many there are; a function where that is known only once the data are read.
     make : callable
         Makes the i-th; the same one whenever it is asked.
     """
 
-    def __init__(self, count: int, make: Callable[[int], E]) -> None:
+    def __init__(self, count: int | Callable[[], int], make: Callable[[int], E]) -> None:
         self._count, self._make = count, make
 
     def __len__(self) -> int:
+        if callable(self._count):
+            self._count = self._count()
         return self._count
 
     @overload
@@ -88,9 +91,9 @@ class Examples(Sequence[E], Generic[E]):
     def __getitem__(self, index: slice) -> Sequence[E]: ...
     def __getitem__(self, index: int | slice) -> E | Sequence[E]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._count))]
-        if not 0 <= index < self._count:
-            raise IndexError(f"example {index} does not exist: there are 0 to {self._count - 1}")
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} does not exist: there are 0 to {len(self) - 1}")
         return self._make(index)
 
 
@@ -104,10 +107,13 @@ class _Task:
         What rows and tables call it, e.g. ``"ruler/vt"``.
     schedule : str
         How the paper that it is taken from evicts: ``"prefill"``, once behind the prompt, or ``"periodic"``.
+    note : str
+        What a reader of its scores must know, e.g. that it stands in for another one.
     """
 
     name: str
     schedule: str
+    note: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,11 @@ class TaskSetting:
         Directory of files that are read instead of what the ``datasets`` package would download.
     chat : bool
         Whether prompts are put into the tokenizer's chat template, if it has one.
+
+    Raises
+    ------
+    ValueError
+        If there is no tokenizer, a number is impossible or the split unknown.
     """
 
     tokenizer: Any
@@ -169,6 +180,16 @@ class TaskSetting:
     split: str = "test"
     data: Path | None = None
     chat: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is None:
+            raise ValueError("tasks are text and need a tokenizer, and this model has none: register it with one")
+        if self.length < 2:
+            raise ValueError(f"length={self.length} is too short: choose 2 or more")
+        if self.num_examples < 1:
+            raise ValueError(f"num_examples={self.num_examples} is too few: choose 1 or more")
+        if self.split not in SPLITS:
+            raise ValueError(f"unknown split {self.split!r}: known are {', '.join(SPLITS)}")
 
 
 Builder = Callable[[TaskSetting], Sequence[Task]]

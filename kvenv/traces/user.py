@@ -83,10 +83,16 @@ def read_text(path: Path, *, split: str, tokenizer: Any, trace_length: int, sche
     ValueError
         If the file is empty.
     """
-    encoder = Encoder(tokenizer)
-    ids = encoder.text(_read(path))[len(encoder.start) :]
-    if not ids:
+    traces = cut_text(_read(path), path.name, tokenizer=tokenizer, trace_length=trace_length, schedule=schedule)
+    if not traces:
         raise ValueError(f"traces {str(path)!r}: the file holds no text")
+    return ListSource(str(path), split, traces)
+
+
+def cut_text(text: str, name: str, *, tokenizer: Any, trace_length: int, schedule: str) -> list[Trace]:
+    """Cut a text as :func:`read_text` does; no trace if it is empty, and names ``name/0``, ``name/1``, ..."""
+    encoder = Encoder(tokenizer)
+    ids = encoder.part(text)
     size = trace_length - len(encoder.start)
     pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
     if len(pieces) > 1 and len(pieces[-1]) < size:
@@ -94,8 +100,8 @@ def read_text(path: Path, *, split: str, tokenizer: Any, trace_length: int, sche
     traces = []
     for number, piece in enumerate(pieces):
         tokens = np.array(encoder.start + piece, dtype=np.int64)
-        traces.append(Trace(tokens, _prompt(len(tokens), schedule), (), f"{path.name}/{number}"))
-    return ListSource(str(path), split, traces)
+        traces.append(Trace(tokens, _prompt(len(tokens), schedule), (), f"{name}/{number}"))
+    return traces
 
 
 def read_jsonl(path: Path, *, split: str, tokenizer: Any, trace_length: int, schedule: str) -> ListSource:
