@@ -69,10 +69,10 @@ def _choice(name: str, framer: Framer, length: int, number: int, record: Record)
     text = prompt.context + prompt.question
     before = len(framer.encode(text))
     options = tuple(framer.encode(f"{text} {option}")[before:] for option in prompt.options)
-    least = len(question) + max(map(len, options))
-    if length < least:
+    excess = max(len(context) + len(question) + max(map(len, options)) - length, 0)
+    if excess >= len(context):
+        least = length + excess - len(context) + 1
         raise ValueError(f"length={length} is too short for zeroshot/{name}/{number}: give {least} or more")
-    excess = max(len(context) + least - length, 0)
     lengths = tuple(len(option) if data_set.normalised else 1 for option in prompt.options)
     return Choice(f"zeroshot/{name}/{number}", context[excess:], question, options, prompt.answer, lengths)
 
