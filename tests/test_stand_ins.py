@@ -59,8 +59,8 @@ def questions(name: str, **changes: object) -> QuestionTask:
 def test_a_question_is_the_sentence_with_a_traces_last_answer(name: str, split: str, tiny_model: LoadedModel) -> None:
     task = questions(name, split=split)
     source = kvenv.load_traces(QUESTIONS[name], split=split, tokenizer=tiny_model.tokenizer)
-    assert len(task.questions) == 8
-    for number, question in enumerate(task.questions):
+    assert len(task.examples) == 8
+    for number, question in enumerate(task.examples):
         trace = source[number]
         begin, end = [span for span in trace.answers if span[1] <= 510][-1]
         assert question.name == f"{name}/{number}"
@@ -128,8 +128,8 @@ def answer(question: Question, loaded: LoadedModel, policy: str | None = None) -
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_the_bundled_llm_answers_with_its_full_cache_and_not_without(name: str, tiny_model: LoadedModel) -> None:
     task = questions(name, length=320, num_examples=5)
-    full = [task.score(answer(question, tiny_model), question.references) for question in task.questions]
-    evicted = [task.score(answer(question, tiny_model, "random"), question.references) for question in task.questions]
+    full = [task.score(answer(question, tiny_model), question.references) for question in task.examples]
+    evicted = [task.score(answer(question, tiny_model, "random"), question.references) for question in task.examples]
     assert np.mean(full) >= 0.8
     assert np.mean(evicted) <= np.mean(full) - 0.25
 
@@ -145,7 +145,7 @@ def log_likelihoods(choice: Choice, loaded: LoadedModel) -> torch.Tensor:
 
 def test_the_bundled_llm_chooses_right_with_its_full_cache(tiny_model: LoadedModel) -> None:
     task = choices(num_examples=5)
-    right = [int(log_likelihoods(choice, tiny_model).argmax()) == choice.answer for choice in task.choices]
+    right = [int(log_likelihoods(choice, tiny_model).argmax()) == choice.answer for choice in task.examples]
     assert np.mean(right) >= 0.8
 
 
@@ -153,7 +153,7 @@ def test_the_bundled_llm_chooses_right_with_its_full_cache(tiny_model: LoadedMod
 def test_traces_too_short_for_a_question(name: str) -> None:
     (task,) = load_tasks(name, setting(length=24))
     with pytest.raises(ValueError, match=r"length=24 is too short for a (question|choice) of \w+: choose 512"):
-        (task.questions if isinstance(task, QuestionTask) else task.choices)[0]  # type: ignore[attr-defined]
+        (task.examples if isinstance(task, QuestionTask) else task.examples)[0]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

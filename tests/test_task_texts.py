@@ -138,7 +138,7 @@ def test_tasks_have_names_and_schedules_without_any_data(tmp_path: Path) -> None
 def test_missing_files_are_named(tmp_path: Path, name: str, file: str) -> None:
     (task,) = load_tasks(name, setting(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"the data lack .*{file}"):
-        len(task.source if isinstance(task, TraceTask) else task.questions)  # type: ignore[attr-defined]
+        len(task.source if isinstance(task, TraceTask) else task.examples)  # type: ignore[attr-defined]
 
 
 # Dialogues
@@ -367,7 +367,7 @@ def test_the_prompt_is_that_of_the_evaluators(tmp_path: Path) -> None:
 def test_no_more_questions_than_wanted_and_no_more_than_there_are(tmp_path: Path) -> None:
     data = write(tmp_path / "aime24.jsonl", *({"problem": f"{i}?", "answer": i} for i in range(8)))
     task = asked("reasoning/aime24", setting(data, length=300))
-    assert [question.references for question in task.questions] == [(str(i),) for i in range(5)]
+    assert [question.references for question in task.examples] == [(str(i),) for i in range(5)]
     assert len(asked("reasoning/aime24", setting(data, num_examples=20)).questions) == 8
 
 
@@ -385,16 +385,16 @@ def test_gpqa_in_the_form_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     records = [{"Question": f"Question {i}?", "Correct Answer": f" right{i}", **wrong} for i in range(40)]
     stub = hub(monkeypatch, *records)
     task = asked("reasoning/gpqa", setting(length=400, num_examples=40))
-    texts = [text_of(question, tokenizer()) for question in task.questions]
+    texts = [text_of(question, tokenizer()) for question in task.examples]
     assert stub.asked == [("Idavidrein/gpqa", "gpqa_diamond", "train")]
-    for i, (text, question) in enumerate(zip(texts, task.questions)):
+    for i, (text, question) in enumerate(zip(texts, task.examples)):
         body = text.split(PROMPT)[1].split("<|im_end|>")[0]
         asks, _, *options = body.split("\n")
         assert asks == f"Question {i}?"
         assert sorted(option[3:] for option in options) == [f"right{i}", "wrong1", "wrong2", "wrong3"]
         assert [option[:3] for option in options] == ["A) ", "B) ", "C) ", "D) "]
         assert f"{question.references[0]}) right{i}" in options
-    assert {question.references[0] for question in task.questions} == set("ABCD")
+    assert {question.references[0] for question in task.examples} == set("ABCD")
     hub(monkeypatch, *reversed(records))
     again = asked("reasoning/gpqa", setting(length=400, num_examples=40))
     assert [text_of(question, tokenizer()) for question in again.questions] == texts[::-1]
@@ -416,7 +416,7 @@ def test_malformed_problems_are_named(tmp_path: Path, file: str, record: object,
     fine = {"problem": "Which?", "answer": "B" if file == "gpqa" else "5"}
     task = asked(f"reasoning/{file}", setting(write(tmp_path / f"{file}.jsonl", fine, record)))
     with pytest.raises(ValueError, match=says):
-        len(task.questions)
+        len(task.examples)
 
 
 def test_a_length_that_the_prompt_fills(tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_only_numbers_need_math_verify(tmp_path: Path, monkeypatch: pytest.Monke
     write(tmp_path / "gpqa.jsonl", {"input": "Which?", "output": "A"})
     monkeypatch.setitem(sys.modules, "math_verify", None)
     task = asked("reasoning/gpqa", setting(data, length=300))
-    assert task.score("\\boxed{A}", task.questions[0].references) == 1
+    assert task.score("\\boxed{A}", task.examples[0].references) == 1
     with pytest.raises(ValueError, match=r"math-verify: pip install 'kvenv\[tasks\]'"):
         len(asked("reasoning/aime24", setting(data)).questions)
 

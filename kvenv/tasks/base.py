@@ -54,8 +54,8 @@ class Choice:
     answer : int
         Which of them is right.
     lengths : tuple of int
-        What the log-likelihoods are divided by before the likeliest is chosen: ones for plain accuracy, bytes of the
-        option's text for the normalised one.
+        What the log-likelihoods are divided by before the likeliest is chosen: ones for plain accuracy, characters
+        of the option's text for the normalised one.
     """
 
     name: str

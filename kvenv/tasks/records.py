@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from kvenv.tasks.base import Examples, TaskSetting
+
+E = TypeVar("E")
 Record = dict[str, Any]
 
 
@@ -45,15 +49,26 @@ class Source:
         ValueError
             If the file is malformed, holds nothing or lacks a field, or the data set can't be had.
         """
-        place, records = (str(data / self.file), read_file(data / self.file)) if data else (self.hub, self._download())
+        place = self.place(data)
+        records = read_file(data / self.file) if data else self.download()
         if not records:
             raise ValueError(f"{place} holds no record")
         for number, record in enumerate(records, start=1):
             check_fields(record, self.fields, f"{place}:{number}")
         return records
 
-    def _download(self) -> list[Record]:
-        """Return the records of the data set."""
+    def place(self, data: Path | None) -> str:
+        """Return what errors call it: the file if a directory is given, else the data set."""
+        return str(data / self.file) if data else self.hub
+
+    def download(self) -> list[Record]:
+        """Return the records of the data set.
+
+        Raises
+        ------
+        ValueError
+            If it can't be had.
+        """
         try:
             import datasets
         except ImportError as error:
@@ -64,10 +79,57 @@ class Source:
         try:
             return [dict(record) for record in datasets.load_dataset(self.hub, self.config, split=self.split)]
         except Exception as error:  # the library raises many kinds; all of them mean that it can't be had
-            raise ValueError(
-                f"data set {self.hub!r} can't be loaded ({' '.join(str(error).split())}): give a directory with "
-                f"{self.file} (--task-data)"
-            ) from error
+            raise self.unavailable(error) from error
+
+    def unavailable(self, error: Exception) -> ValueError:
+        """Return the error that says why the data set can't be had and what would do instead."""
+        reason = " ".join(str(error).split())
+        return ValueError(
+            f"data set {self.hub!r} can't be loaded ({reason}): give a directory with {self.file} (--task-data)"
+        )
+
+
+class Records:
+    """Records of a data set, read when they are first asked for.
+
+    If there are more than the setting wants, they are taken evenly: some data sets are sorted, MMLU by subject.
+
+    Parameters
+    ----------
+    source : Source
+        Where they come from.
+    setting : TaskSetting
+        Says how many are wanted, and the directory of the data.
+    """
+
+    def __init__(self, source: Source, setting: TaskSetting) -> None:
+        self._source, self._setting = source, setting
+
+    @cached_property
+    def taken(self) -> list[tuple[int, Record]]:
+        """The records that are wanted, with their numbers in the data set."""
+        records = self._source.read(self._setting.data)
+        count = min(self._setting.num_examples, len(records))
+        return [(number, records[number]) for number in (i * len(records) // count for i in range(count))]
+
+    def examples(self, make: Callable[[int, Record], E]) -> Examples[E]:
+        """Return an example for each record, made of its number and itself.
+
+        A record of another form than ``make`` expects (AttributeError, LookupError, TypeError) is a ValueError that
+        names it.
+        """
+
+        def made(index: int) -> E:
+            number, record = self.taken[index]
+            try:
+                return make(number, record)
+            except (AttributeError, LookupError, TypeError) as error:
+                raise ValueError(
+                    f"{self._source.place(self._setting.data)}:{number + 1}: a record unlike those of "
+                    f"{self._source.hub} ({type(error).__name__}: {error})"
+                ) from error
+
+        return Examples(lambda: len(self.taken), made)
 
 
 def read_file(path: Path) -> list[Record]:
@@ -86,11 +148,22 @@ def read_file(path: Path) -> list[Record]:
         raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the data lack {path}") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, place: str) -> list[Record]:
+    """Return the records of a text, a JSON list or JSON lines.
+
+    Raises
+    ------
+    ValueError
+        If it is malformed; the message names place and line.
+    """
     if text.lstrip().startswith("["):
         try:
             return list(json.loads(text))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+            raise ValueError(f"{place}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
     records = []
     # Not splitlines: a JSON string may hold other line separators, such as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -98,7 +171,7 @@ def read_file(path: Path) -> list[Record]:
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
+                raise ValueError(f"{place}:{number}: not JSON ({error.msg} at column {error.colno})") from error
     return records
 
 
@@ -115,3 +188,17 @@ def check_fields(record: Any, fields: Sequence[str], place: str) -> None:
     missing = [field for field in fields if record.get(field) is None]
     if missing:
         raise ValueError(f"{place}: lacks {', '.join(missing)}; it has {', '.join(map(str, record)) or 'nothing'}")
+
+
+def strings(record: Record, field: str) -> tuple[str, ...]:
+    """Return a field that is a list of strings.
+
+    Raises
+    ------
+    TypeError
+        If it is not.
+    """
+    value = record[field]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{field} must be a list of strings")
+    return tuple(value)
