@@ -151,6 +151,8 @@ def _measure_task(
     args: Args, task: Task, policies: dict[str, Policy | None], loaded: LoadedModel, results: Results
 ) -> None:
     """Measure what is missing of a task."""
+    if task.note:
+        print(f"{task.name}: {task.note}", file=sys.stderr)
     if not isinstance(task, TraceTask):
         policies = _answering(policies, task.name)
     a_batch = len(args.budgets) * len(policies)
@@ -212,25 +214,20 @@ def _of_answers(
 
 
 def _ids(args: Args, task: Task) -> Sequence[int]:
-    """Return which traces, or examples, are to be measured.
+    """Return which traces, or examples, are to be measured: those asked for, as far as there are so many.
 
     Raises
     ------
     ValueError
-        If there are fewer traces than asked for, or no example at all.
+        If there is none.
     """
-    ids = range(args.first_trace, args.first_trace + args.num_traces)
-    if isinstance(task, TraceTask):
-        size = task.source.size
-        if size is not None and ids.stop > size:
-            raise ValueError(
-                f"traces {task.name!r} are {size}: --first-trace {args.first_trace} and --num-traces "
-                f"{args.num_traces} ask for more"
-            )
-        return ids
-    if not ids[: len(task.examples) - ids.start]:
-        raise ValueError(f"task {task.name!r} has {len(task.examples)} examples, --first-trace {ids.start} is beyond")
-    return ids[: len(task.examples) - ids.start]
+    ids: Sequence[int] = range(args.first_trace, args.first_trace + args.num_traces)
+    size = task.source.size if isinstance(task, TraceTask) else len(task.examples)
+    if size is not None:
+        ids = [number for number in ids if number < size]
+    if not ids:
+        raise ValueError(f"task {task.name!r} has {size} examples: --first-trace {args.first_trace} is beyond")
+    return ids
 
 
 def _answering(policies: dict[str, Policy | None], task: str) -> dict[str, Policy | None]:
@@ -275,6 +272,12 @@ def _traces(args: Args, name: str, tokenizer: Any) -> TraceTask:
     """Return the traces of a name as a task."""
     schedule = args.schedule or "periodic"
     source = load_traces(name, split=args.split, tokenizer=tokenizer, trace_length=args.trace_length, schedule=schedule)
+    last = args.first_trace + args.num_traces
+    if source.size is not None and last > source.size:
+        raise ValueError(
+            f"traces {name!r} are {source.size}: --first-trace {args.first_trace} and --num-traces {args.num_traces} "
+            "ask for more"
+        )
     return TraceTask(source.name, schedule, source)
 
 

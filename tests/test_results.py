@@ -135,5 +135,5 @@ def test_fewer_examples_than_asked_for_are_all_taken(tmp_path: Path, monkeypatch
     monkeypatch.setattr(command, "load_tasks", lambda name, setting: [questions()])
     rows = run(tmp_path, "--tasks", "x", "--traces", "--first-trace", "1", "--num-traces", "10")
     assert {row.trace for row in rows} == {1, 2}
-    with pytest.raises(ValueError, match="has 3 examples, --first-trace 3 is beyond"):
+    with pytest.raises(ValueError, match="has 3 examples: --first-trace 3 is beyond"):
         run(tmp_path / "other", "--tasks", "x", "--traces", "--first-trace", "3")

@@ -82,7 +82,7 @@ def choices(**changes: object) -> ChoiceTask:
 
 def test_a_choice_is_among_values_that_were_told(tiny_model: LoadedModel) -> None:
     source = kvenv.load_traces("dialogue", split="test", tokenizer=tiny_model.tokenizer)
-    for number, choice in enumerate(choices().choices):
+    for number, choice in enumerate(choices().examples):
         before = tiny_model.tokenizer.decode(choice.context).split()
         options = [tiny_model.tokenizer.decode(option) for option in choice.options]
         assert len(set(options)) == 4
@@ -90,7 +90,7 @@ def test_a_choice_is_among_values_that_were_told(tiny_model: LoadedModel) -> Non
         start = len(choice.context + choice.question)
         assert tuple(source[number].tokens[start : start + 2]) == choice.options[choice.answer]
         assert choice.lengths == (1, 1, 1, 1)
-    assert len({choice.answer for choice in choices().choices}) > 1
+    assert len({choice.answer for choice in choices().examples}) > 1
 
 
 def test_traces_are_those_of_the_families(tiny_model: LoadedModel) -> None:
@@ -153,7 +153,7 @@ def test_the_bundled_llm_chooses_right_with_its_full_cache(tiny_model: LoadedMod
 def test_traces_too_short_for_a_question(name: str) -> None:
     (task,) = load_tasks(name, setting(length=24))
     with pytest.raises(ValueError, match=r"length=24 is too short for a (question|choice) of \w+: choose 512"):
-        (task.examples if isinstance(task, QuestionTask) else task.examples)[0]  # type: ignore[attr-defined]
+        task.examples[0]
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,7 @@ def test_the_prompt_is_that_of_the_evaluators(tmp_path: Path) -> None:
         tmp_path / "aime24.jsonl", {"id": 60, "problem": "Find $x$.", "answer": "025", "question": "Find $x$."}
     )
     write(tmp_path / "aime25.jsonl", {"question": "Find $y$.", "answer": 7})
-    question = asked("reasoning/aime24", setting(data, length=300)).questions[0]
+    question = asked("reasoning/aime24", setting(data, length=300)).examples[0]
     assert text_of(question, tokenizer()) == (
         f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{PROMPT}Find $x$.<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -360,7 +360,7 @@ def test_the_prompt_is_that_of_the_evaluators(tmp_path: Path) -> None:
     assert (question.name, question.references) == ("reasoning/aime24/0", ("025",))
     assert len(question.context) + len(question.question) + question.max_new_tokens == 300
     plain = tokenizer(chat=False, bos=True)
-    question = asked("reasoning/aime25", setting(data, length=300, tokenizer=plain)).questions[0]
+    question = asked("reasoning/aime25", setting(data, length=300, tokenizer=plain)).examples[0]
     assert (text_of(question, plain), question.references) == (f"<s>{PROMPT}Find $y$.", ("7",))
 
 
@@ -368,13 +368,13 @@ def test_no_more_questions_than_wanted_and_no_more_than_there_are(tmp_path: Path
     data = write(tmp_path / "aime24.jsonl", *({"problem": f"{i}?", "answer": i} for i in range(8)))
     task = asked("reasoning/aime24", setting(data, length=300))
     assert [question.references for question in task.examples] == [(str(i),) for i in range(5)]
-    assert len(asked("reasoning/aime24", setting(data, num_examples=20)).questions) == 8
+    assert len(asked("reasoning/aime24", setting(data, num_examples=20)).examples) == 8
 
 
 def test_gpqa_in_the_form_of_the_evaluators(tmp_path: Path) -> None:
     problem = "How many?\n\nA) 1\nB) 2\nC) 3\nD) 4"
     data = write(tmp_path / "gpqa.jsonl", {"input": problem, "output": "C"}, {"problem": problem, "answer": "D"})
-    first, second = asked("reasoning/gpqa", setting(data, length=300)).questions
+    first, second = asked("reasoning/gpqa", setting(data, length=300)).examples
     assert f"{PROMPT}{problem}<|im_end|>" in text_of(first, tokenizer())
     assert (first.references, second.references) == (("C",), ("D",))
     assert text_of(first, tokenizer()) == text_of(second, tokenizer())
@@ -397,7 +397,7 @@ def test_gpqa_in_the_form_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {question.references[0] for question in task.examples} == set("ABCD")
     hub(monkeypatch, *reversed(records))
     again = asked("reasoning/gpqa", setting(length=400, num_examples=40))
-    assert [text_of(question, tokenizer()) for question in again.questions] == texts[::-1]
+    assert [text_of(question, tokenizer()) for question in again.examples] == texts[::-1]
 
 
 @pytest.mark.parametrize(
@@ -422,11 +422,11 @@ def test_malformed_problems_are_named(tmp_path: Path, file: str, record: object,
 def test_a_length_that_the_prompt_fills(tmp_path: Path) -> None:
     data = write(tmp_path / "aime24.jsonl", {"problem": "Find $x$.", "answer": "5"})
     used = len(
-        tokenizer().encode(text_of(asked("reasoning/aime24", setting(data, length=300)).questions[0], tokenizer()))
+        tokenizer().encode(text_of(asked("reasoning/aime24", setting(data, length=300)).examples[0], tokenizer()))
     )
-    assert asked("reasoning/aime24", setting(data, length=used + 1)).questions[0].max_new_tokens == 1
+    assert asked("reasoning/aime24", setting(data, length=used + 1)).examples[0].max_new_tokens == 1
     with pytest.raises(ValueError, match=rf"length={used} leaves no room .* its prompt has {used} tokens"):
-        asked("reasoning/aime24", setting(data, length=used)).questions[0]
+        asked("reasoning/aime24", setting(data, length=used)).examples[0]
 
 
 def test_only_numbers_need_math_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,7 +436,7 @@ def test_only_numbers_need_math_verify(tmp_path: Path, monkeypatch: pytest.Monke
     task = asked("reasoning/gpqa", setting(data, length=300))
     assert task.score("\\boxed{A}", task.examples[0].references) == 1
     with pytest.raises(ValueError, match=r"math-verify: pip install 'kvenv\[tasks\]'"):
-        len(asked("reasoning/aime24", setting(data)).questions)
+        len(asked("reasoning/aime24", setting(data)).examples)
 
 
 # Grades

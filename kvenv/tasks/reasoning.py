@@ -42,7 +42,7 @@ def build(setting: TaskSetting) -> list[QuestionTask]:
         QuestionTask(
             f"reasoning/{name}",
             "periodic",
-            questions=_questions(name, _letter_problem if name == "gpqa" else _number_problem, setting),
+            examples=_questions(name, _letter_problem if name == "gpqa" else _number_problem, setting),
             score=same_letter if name == "gpqa" else same_number,
         )
         for name in SOURCES
