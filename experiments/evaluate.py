@@ -13,7 +13,7 @@ import tyro
 
 import agents
 from experiments.progress import track
-from experiments.results import Results, digest
+from experiments.results import ANSWERS, RESULTS, Results, digest
 from experiments.tables import report, wide_console
 from kvenv.answering import Answer, Decoding, answer, answerable
 from kvenv.evaluation import FULL, Row, evaluate
@@ -173,9 +173,9 @@ def _measure_task(
 def _of_traces(
     args: Args, task: TraceTask, ids: Sequence[int], policies: dict[str, Policy | None], loaded: LoadedModel
 ) -> Iterator[list[Row]]:
-    """Yield the rows of traces."""
+    """Yield the rows of traces, under the name of the task."""
     schedule = args.schedule or task.schedule
-    return evaluate(
+    cells = evaluate(
         policies,
         task.source,
         ids,
@@ -189,6 +189,7 @@ def _of_traces(
         batch_size=args.batch_size,
         by_entropy=task.entropy,
     )
+    return ([replace(row, traces=task.name) for row in cell] for cell in cells)
 
 
 def _of_answers(
@@ -309,7 +310,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = replace(args, policies=(*args.policies, "random"))
     console = wide_console()
     report(measure(args), args.out, console)
-    console.print(f"rows: {args.out / 'results.json'}\nplot: {args.out / 'loss.png'}")
+    for what, name in (("rows", RESULTS), ("answers", ANSWERS), ("plot", "loss.png"), ("by entropy", "entropy.png")):
+        if (args.out / name).exists():
+            console.print(f"{what}: {args.out / name}", soft_wrap=True)
     console.print(f"scalars: tensorboard --logdir {args.out / 'tensorboard'}")
 
 

@@ -81,7 +81,8 @@ COLUMNS: dict[str, Callable[[Cell], str]] = {
 """By heading, what a cell shows there; columns in which no cell shows anything are left out."""
 
 CAPTION = {
-    "answer\nloss": "acc.: answer accuracy",
+    "score": "score: what the task's own metric gives",
+    "acc.": "acc.: answer accuracy",
     "minus\ngolden": "· saturated: golden is within 0.05 nat",
     "ppl.": "ppl.: perplexity per token",
     "low-H\nrise": "low-H rise: loss increase on low-entropy tokens",
