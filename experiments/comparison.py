@@ -7,7 +7,7 @@ each; seeds of trainings are shared by all traces and resampled once for all of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,13 @@ METRICS = (
 
 YARDSTICKS = {"score": 1, "answer_loss": -1, "lm_loss": -1}
 """What says which policy is better, the first that is measured, and whether more of it is."""
+
+
+def yardstick(family: str, measured: Collection[str]) -> str:
+    """Return which of the measured metrics says which policy is better; of perplexity the LM loss, whatever else is."""
+    if family.startswith("perplexity"):
+        return "lm_loss"
+    return next(metric for metric in YARDSTICKS if metric in measured)
 
 
 @dataclass(frozen=True)
@@ -287,9 +294,9 @@ class Comparison:
         return lost.mean(axis=0), full.mean(axis=0)
 
     def yardstick(self, family: str) -> str:
-        """Return what says which policy is better on a family: the first of :data:`YARDSTICKS` that rows have."""
+        """Return what says which policy is better on a family."""
         rows = [row for (name, _, _), cell in self._cells.items() if name == family for row in cell.values()]
-        return next(metric for metric in YARDSTICKS if any(getattr(row, metric) is not None for row in rows))
+        return yardstick(family, {name for name in YARDSTICKS if any(getattr(row, name) is not None for row in rows)})
 
     def better(self, family: str, one: str, other: str, budget: int) -> bool:
         """Return whether a policy beats another in a cell: the paired interval of the yardstick excludes 0."""

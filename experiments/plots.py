@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.comparison import YARDSTICKS, Cell
+from experiments.comparison import Cell, yardstick
 from experiments.story import DISAGREES, NOTABLE, Story
 from kvenv.evaluation import FULL
 from kvenv.files import write_atomic
@@ -58,7 +58,7 @@ def plot_losses(cells: Sequence[Cell], path: Path) -> None:
     figure = Figure(figsize=(4.5 * columns + 1.5, 4.5 * rows), layout="constrained")
     for number, family in enumerate(families, start=1):
         here = [cell for cell in cells if cell.family == family]
-        metric = next(name for name in YARDSTICKS if all(name in cell.estimates for cell in here))
+        metric = yardstick(family, set.intersection(*(set(cell.estimates) for cell in here)))
         axes = figure.add_subplot(rows, columns, number)
         for policy in dict.fromkeys(cell.policy for cell in here):
             points = sorted((c.budget, c.estimates[metric]) for c in here if c.policy == policy)
@@ -79,7 +79,8 @@ def plot_losses(cells: Sequence[Cell], path: Path) -> None:
 def plot_by_entropy(cells: Sequence[Cell], path: Path) -> None:
     """Draw how much the loss rose by tenth of the tokens' full-cache entropy: a row per family, a column per budget.
 
-    ForesightKV's motivating figure: what eviction costs where the LLM was certain.
+    ForesightKV's motivating figure: what eviction costs where the LLM was certain. In nats: the full cache's loss of
+    the most certain tokens is nearly 0, and a share of that says nothing.
 
     Parameters
     ----------
@@ -98,10 +99,9 @@ def plot_by_entropy(cells: Sequence[Cell], path: Path) -> None:
         axes = grid[families.index(cell.family), budgets.index(cell.budget)]
         colour, line = styles[cell.policy]
         tenths = np.arange(1, len(lost) + 1)
-        axes.plot(tenths, 100 * (lost / full - 1), line, marker="o", markersize=3, color=colour, label=cell.policy)
+        axes.plot(tenths, lost - full, line, marker="o", markersize=3, color=colour, label=cell.policy)
         axes.set(title=f"{cell.family}, budget {cell.budget}", xlabel="tenth of the tokens by full-cache entropy")
-        axes.set_ylabel("rise of the loss (%)")
-        axes.set_yscale("symlog", linthresh=10)
+        axes.set_ylabel("rise of the loss (nats)")
     _legend(figure)
     save(figure, path)
 
