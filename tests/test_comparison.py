@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.comparison import Comparison, Estimate, beats, bootstrap, no_worse, scored
+from experiments.comparison import Comparison, Estimate, beats, bootstrap, no_worse, scored, yardstick
+from experiments.tables import make_table, rise
 from kvenv.evaluation import Row
 
 TEMPLATE = Row(
@@ -160,3 +161,65 @@ def test_saturation_is_closeness_to_golden() -> None:
     comparison = Comparison(rows({"golden": golden, "near": golden + 0.04, "far": golden + 0.06}))
     assert {cell.policy: cell.saturated for cell in comparison.cells()} == {"golden": True, "near": True, "far": False}
     assert not any(cell.saturated for cell in Comparison(rows({"near": golden})).cells())
+
+
+def scored_rows(scores: dict[str, list[float]], task: str = "ruler/vt") -> list[Row]:
+    """Return rows of a task with these scores of each policy, by example; the loss says the opposite."""
+    unmeasured = {"lm_loss": None, "full_lm_loss": None, "answer_accuracy": None, "low_entropy_increase": None}
+    return [
+        dataclasses.replace(
+            TEMPLATE, policy=policy, traces=task, trace=trace, score=score, answer_loss=score, **unmeasured
+        )
+        for policy, values in scores.items()
+        for trace, score in enumerate(values)
+    ]
+
+
+def test_a_higher_score_is_better_and_a_lower_loss() -> None:
+    high, low = [1.0, 1.0, 0.0, 1.0] * 5, [0.0, 1.0, 0.0, 0.0] * 5
+    comparison = Comparison(scored_rows({"good": high, "bad": low}))
+    assert comparison.yardstick("ruler/vt") == "score"
+    assert comparison.better("ruler/vt", "good", "bad", 32)
+    assert not comparison.better("ruler/vt", "bad", "good", 32)
+    losses = Comparison(rows({"good": np.array([low]).T, "bad": np.array([high]).T}))
+    assert losses.yardstick("recall") == "answer_loss"
+    assert losses.better("recall", "good", "bad", 32)
+    assert not losses.better("recall", "bad", "good", 32)
+
+
+def test_perplexity_is_judged_by_its_loss() -> None:
+    assert yardstick("perplexity/dialogue", {"lm_loss", "answer_loss"}) == "lm_loss"
+    assert yardstick("dialogue", {"lm_loss", "answer_loss"}) == "answer_loss"
+
+
+def test_losses_by_entropy_are_means_over_traces_and_rises_are_shares() -> None:
+    lost, full = np.array([[1.0] * 8 + [2.0] * 2, [3.0] * 8 + [4.0] * 2]), np.array([[1.0] * 10, [1.0] * 8 + [3.0] * 2])
+    made = [
+        dataclasses.replace(TEMPLATE, trace=trace, loss_by_entropy=list(one), full_loss_by_entropy=list(other))
+        for trace, (one, other) in enumerate(zip(lost, full, strict=True))
+    ]
+    (cell,) = Comparison(made).cells()
+    assert cell.by_entropy is not None
+    np.testing.assert_allclose(cell.by_entropy[0], lost.mean(axis=0))
+    assert rise(cell, low=True) == pytest.approx(2.0 / 1.0 - 1)
+    assert rise(cell, low=False) == pytest.approx(3.0 / 2.0 - 1)
+    (plain,) = Comparison([TEMPLATE]).cells()
+    assert plain.by_entropy is rise(plain, low=True) is None
+
+
+def test_a_table_has_the_columns_that_rows_fill() -> None:
+    def headings(made: list[Row]) -> list[str]:
+        comparison = Comparison(made)
+        cells = comparison.cells()
+        return [
+            str(column.header).replace("\n", " ") for column in make_table(comparison, cells, cells[0].family).columns
+        ]
+
+    assert headings([TEMPLATE]) == ["policy", "answer loss", "acc.", "LM loss", "low-H rise", "as golden", "kept"]
+    answered = [
+        dataclasses.replace(row, answer_loss=None, agreement_with_golden=None, generated_tokens=7, truncated=False)
+        for row in scored_rows({"random": [0.0, 1.0]})
+    ]
+    assert headings(answered) == ["policy", "score", "kept", "tokens", "cut"]
+    perplexity = [dataclasses.replace(TEMPLATE, traces="perplexity/text", answer_loss=None, answer_accuracy=None)]
+    assert headings(perplexity) == ["policy", "LM loss", "ppl.", "low-H rise", "as golden", "kept"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import agents
@@ -255,3 +256,23 @@ def test_a_foreign_json_is_no_results(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('[{"policy": "h2o"}]')
     with pytest.raises(ValueError, match=r"is not a results\.json"):
         read_rows(tmp_path / "results.json")
+
+
+def test_losses_by_entropy_are_those_of_tokens_sorted_by_it() -> None:
+    traces = source(lengths=(80, 71), answers=())
+    for row in run(["full", "random"], traces, by_entropy=True):
+        trace = traces[row.trace]
+        with torch.no_grad():
+            logits = kvenv_model()(torch.as_tensor(trace.tokens)[None]).logits[0, :-1]
+        entropy = torch.distributions.Categorical(logits=logits).entropy().numpy()[row.score_from :]
+        nll = plain(trace)[row.score_from :]
+        order, parts = np.argsort(entropy, kind="stable"), []
+        assert row.full_loss_by_entropy is not None
+        for part in np.array_split(order, 10):
+            parts.append(nll[part].mean())
+        np.testing.assert_allclose(row.full_loss_by_entropy, parts, atol=1e-6)
+        assert (row.loss_by_entropy == row.full_loss_by_entropy) == (row.policy == "full")
+        sizes = [len(part) for part in np.array_split(order, 10)]
+        assert row.loss_by_entropy is not None
+        assert np.average(row.loss_by_entropy, weights=sizes) == pytest.approx(row.lm_loss)
+    assert {row.loss_by_entropy for row in run(["full"], traces)} == {None}
