@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
@@ -32,7 +32,7 @@ from agents.checkpoint import module_state, optimizer_state, restore_module, res
 from agents.episodes import Episodes
 from agents.learner import Learner, State, check_numbers
 from agents.ranking_policy import Evictions, ReplayPolicy, SamplingPolicy
-from agents.returns import CREDITS, group_advantages, rollout_metrics, target_advantages, window_losses
+from agents.returns import CREDITS, group_advantages, mean_metrics, rollout_metrics, target_advantages, window_losses
 from agents.schedule import warm_cosine
 from agents.scorer import ScorerPolicy
 from kvenv import plackett_luce
@@ -56,6 +56,8 @@ class GRPOConfig:
     """Traces of an update. A mixture's families come in turn: choose a multiple of their number."""
     group: int = 8
     """Rollouts of each trace."""
+    at_once: int = 0
+    """Traces that are rolled out side by side, 0 for all of an update: the less, the less memory. Gradients add up."""
     epochs: int = 1
     """Gradient steps on the rollouts of an update; beyond the first, ratios differ from 1 and are clipped."""
     budgets: tuple[int, ...] = (64,)
@@ -101,6 +103,7 @@ class GRPOConfig:
             hidden=1,
             depth=1,
             warmup=0,
+            at_once=0,
         )
         if not self.budgets:
             raise ValueError("budgets () is impossible: give at least one")
@@ -216,31 +219,34 @@ class GRPOLearner(Learner):
     def update(self) -> dict[str, float]:
         """Roll out, compare, replay and step."""
         began = time.perf_counter()
-        experience = self.collect()
+        parts = self.collect()
         collected = time.perf_counter()
         config = self.config
-        advantages = self.advantages(experience)
+        compared = [(experience, self.advantages(experience)) for experience in parts]
         rate = warm_cosine(self.done, config.updates, config.warmup, 1 / max(1, config.warmup), config.last_rate)
         kl_weight = config.kl if self.done < config.kl_updates else 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * rate
         for _ in range(config.epochs):
             self.optimizer.zero_grad()
-            metrics = self.accumulate(experience, advantages, kl_weight)
+            losses = [self.accumulate(*part, kl_weight) for part in compared]
             norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), config.grad_clip)
             self.optimizer.step()
         self.done += 1
+        metrics = mean_metrics([experience.metrics for experience in parts], [len(part.traces) for part in parts])
+        policy_seconds = sum(experience.metrics["time/policy"] for experience in parts)
         return {
-            **experience.metrics,
             **metrics,
+            **{tag: sum(loss[tag] for loss in losses) for tag in losses[0]},
             "loss/grad_norm": float(norm),
             "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
-            "time/env": collected - began - experience.metrics["time/policy"],
+            "time/policy": policy_seconds,
+            "time/env": collected - began - policy_seconds,
             "time/learn": time.perf_counter() - collected,
         }
 
-    def collect(self) -> Experience:
-        """Make the rollouts of the next update.
+    def collect(self) -> list[Experience]:
+        """Make the rollouts of the next update, as many traces at once as there may be.
 
         Raises
         ------
@@ -249,7 +255,17 @@ class GRPOLearner(Learner):
         """
         config, rng = self.config, np.random.default_rng([self.config.seed, self.done])
         budget = int(rng.choice(config.budgets))
-        interval, traces = self.episodes.interval, self.episodes.draw(rng, config.num_traces, budget)
+        traces = self.episodes.draw(rng, config.num_traces, budget)
+        size = config.at_once or len(traces)
+        first = self.done * config.num_traces
+        return [
+            self._play(traces[start : start + size], budget, (first + start) * config.group)
+            for start in range(0, len(traces), size)
+        ]
+
+    def _play(self, traces: Sequence[Trace], budget: int, first: int) -> Experience:
+        """Roll traces out, the rollouts numbered from ``first`` on."""
+        config, interval = self.config, self.episodes.interval
         rows = [trace for trace in traces for _ in range(config.group)]
         evictions = Evictions(self.episodes.layers, interval)
         sampler = SamplingPolicy(self.policy, config.temperature, evictions)
@@ -258,7 +274,7 @@ class GRPOLearner(Learner):
             rows,
             budget,
             seed=config.seed,
-            rollouts=range(self.done * len(rows), (self.done + 1) * len(rows)),
+            rollouts=range(first, first + len(rows)),
             on_eviction=sampler.record,
         )
         windows = window_losses(self.episodes.model, traces, done.losses, budget + interval, interval)
@@ -278,7 +294,7 @@ class GRPOLearner(Learner):
         return lambda layer, window: credit[layer].gather(-1, evictions.positions[layer][window].long().clamp(min=0))
 
     def accumulate(self, experience: Experience, advantages: Advantages, kl_weight: float) -> dict[str, float]:
-        """Add the loss's gradient to the scorer's, one decision of one layer at a time, and return the metrics.
+        """Add the gradient of some rollouts' share of the loss to the scorer's, one decision at a time; return metrics.
 
         Parameters
         ----------
@@ -290,7 +306,8 @@ class GRPOLearner(Learner):
             Weight of the divergence from the reference.
         """
         evictions, config, interval = experience.evictions, self.config, self.episodes.interval
-        weight = 1 / (evictions.decisions().clamp(min=1) * len(experience.traces))
+        rollouts = config.num_traces * config.group
+        weight = 1 / (evictions.decisions().clamp(min=1) * rollouts)
         totals: dict[str, Tensor] = {}
         seen = [0] * self.episodes.layers
 

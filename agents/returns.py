@@ -167,3 +167,13 @@ def rollout_metrics(losses: WindowLosses, reward: Tensor) -> dict[str, float]:
     if answers:
         metrics["rollout/answer_loss"] = (losses.nll * losses.answer).sum() / answers
     return {tag: float(value) for tag, value in metrics.items()}
+
+
+def mean_metrics(parts: Sequence[dict[str, float]], rollouts: Sequence[int]) -> dict[str, float]:
+    """Return the means over parts of so many rollouts each; of a metric that only some parts have, over these."""
+    tags = dict.fromkeys(tag for part in parts for tag in part)
+    means = {}
+    for tag in tags:
+        there = [(part[tag], count) for part, count in zip(parts, rollouts, strict=True) if tag in part]
+        means[tag] = sum(value * count for value, count in there) / sum(count for _, count in there)
+    return means
