@@ -23,7 +23,7 @@ from experiments.jobs import Job
 from experiments.learners import GRPO, KVP, PPO, DecodingArgs, Imitation, LearnerArgs, PaidArgs, RolloutArgs, RunArgs
 from experiments.results import read_rows, write_rows
 from experiments.runs import CONFIG, POLICY, changed, read_config, to_json
-from experiments.train import train
+from experiments.train import train_whole
 from kvenv.evaluation import FULL, Row
 from kvenv.evaluation import evaluate as evaluate_policies
 from kvenv.files import write_atomic
@@ -207,7 +207,7 @@ class Plan:
 
     def _training(self, learner: str, seed: int) -> Job:
         after = {"grpo": (f"imitation-{seed}",), "kvp": ("store-all",)}.get(learner, ())
-        return self._job(f"{learner}-{seed}", train_whole, self.arguments(learner, seed), after=after)
+        return self._job(f"{learner}-{seed}", train_job, self.arguments(learner, seed), after=after)
 
     def _transfer(self, name: str) -> Job:
         """Return the training, half as long, of a KVP that sees one family only, or short traces only."""
@@ -215,7 +215,7 @@ class Plan:
         run = replace(args.run, out=self.out / "runs" / f"kvp-{name}", eval_every=0)
         fewer = replace(args.learner, updates=max(1, args.learner.updates // 2))
         args = replace(args, store=self.out / "stores" / name, run=run, learner=fewer)
-        return self._job(f"kvp-{name}", train_whole, args, after=(f"store-{name}",))
+        return self._job(f"kvp-{name}", train_job, args, after=(f"store-{name}",))
 
     def _initial(self) -> list[Job]:
         """Return the jobs that save what PPO starts from."""
@@ -280,10 +280,9 @@ def record_store(args: record.Args, result: Path) -> None:
     write_atomic(result, "")
 
 
-def train_whole(args: LearnerArgs, result: Path) -> None:
+def train_job(args: LearnerArgs, result: Path) -> None:
     """Train, or go on where a training was interrupted."""
-    begun = (args.run.out / CONFIG).exists()
-    train(replace(args, run=replace(args.run, resume=args.run.out)) if begun else args)
+    train_whole(args)
     write_atomic(result, "")
 
 

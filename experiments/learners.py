@@ -105,6 +105,14 @@ class LearnerArgs:
         """Return the learner at its start."""
         raise NotImplementedError
 
+    def first_stage(self, out: Path) -> LearnerArgs | None:
+        """Return what is to be trained first, in a directory of the run ``out``, if anything is."""
+        return None
+
+    def after(self, policy: Path) -> LearnerArgs:
+        """Return these arguments, to go on from the policy of the first stage."""
+        return replace(self, learner=replace(self.learner, init=str(policy)))
+
     def budgets(self) -> tuple[int, ...]:
         """Return the budgets that it is trained for."""
         return tuple(self.learner.budgets) or (self.env.budget,)
@@ -149,6 +157,19 @@ class GRPO(LearnerArgs):
     env: tyro.conf.OmitArgPrefixes[RolloutArgs] = field(default_factory=RolloutArgs)
     learner: tyro.conf.OmitArgPrefixes[grpo.GRPOConfig] = field(default_factory=grpo.GRPOConfig)
     run: tyro.conf.OmitArgPrefixes[RunArgs] = field(default_factory=RunArgs)
+    imitation_updates: int = 0
+    """Updates of imitation that come first, in OUT/imitation, where no policy to start from is given; 0: none."""
+
+    def first_stage(self, out: Path) -> LearnerArgs | None:
+        """Return the imitation that comes first, with the hyper-parameters of the same preset."""
+        if not self.imitation_updates or self.learner.init:
+            return None
+        config = replace(
+            imitation.PRESETS.get(self.run.preset, imitation.ImitationConfig()),
+            updates=self.imitation_updates,
+            **{name: getattr(self.learner, name) for name in ("budgets", "hidden", "depth", "seed")},
+        )
+        return Imitation(self.env, config, replace(self.run, out=out / Imitation.name, resume=None))
 
     def build(self) -> Learner:
         """Return the learner at its start."""
@@ -211,7 +232,11 @@ LEARNERS: dict[str, type[LearnerArgs]] = {kind.name: kind for kind in (Imitation
 
 PRESETS: dict[tuple[str, str], LearnerArgs] = {
     ("imitation", "foresightkv"): Imitation(RolloutArgs(features="foresight"), imitation.PRESETS["foresightkv"]),
-    ("grpo", "foresightkv"): GRPO(RolloutArgs(features="foresight"), grpo.PRESETS["foresightkv"]),
+    ("grpo", "foresightkv"): GRPO(
+        RolloutArgs(features="foresight"),
+        grpo.PRESETS["foresightkv"],
+        imitation_updates=imitation.PRESETS["foresightkv"].updates,
+    ),
     ("kvp", "kvp"): KVP(learner=kvp.PRESETS["kvp"]),
 }
 """Published hyper-parameters by learner and name; budgets and intervals are ours, at the papers' scale nothing fits."""

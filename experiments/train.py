@@ -5,17 +5,30 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import tyro
 
+from agents.checkpoint import checkpoints
 from agents.learner import Learner
 from experiments.cli import run as run_command
 from experiments.learners import LEARNERS, LearnerArgs, PresetName, default_arguments
 from experiments.progress import track
-from experiments.runs import POLICY, Interruption, Run, changed, from_json, read_config, to_json, write_config
+from experiments.runs import (
+    CHECKPOINTS,
+    CONFIG,
+    POLICY,
+    Interruption,
+    Run,
+    changed,
+    from_json,
+    read_config,
+    to_json,
+    write_config,
+)
 from experiments.validation import Validation
 
 
@@ -42,8 +55,15 @@ def parse(arguments: Sequence[str]) -> LearnerArgs:
     return tyro.cli(LEARNERS[name], args=rest, default=saved, prog=prog)
 
 
-def train(args: LearnerArgs) -> Path:
+def train(args: LearnerArgs, part_of: Path | None = None) -> Path:
     """Train in a run directory, or go on in one, and return the directory of the saved policy.
+
+    Parameters
+    ----------
+    args : LearnerArgs
+        Who learns what from what.
+    part_of : Path, optional
+        The run of which this is the first stage, and by which it is resumed.
 
     Raises
     ------
@@ -57,10 +77,11 @@ def train(args: LearnerArgs) -> Path:
         _refuse_changes(args)
     # Both are made before the directory is: they find what is impossible.
     learner, validation = args.build(), args.validation() if args.run.eval_every else None
-    if args.run.resume is None:
-        run = Run.create(args.run.out, args.name, args)
-    else:
-        run = Run(args.run.resume)
+    run = Run.create(args.run.out, args.name, args) if args.run.resume is None else Run(args.run.resume)
+    first = args.first_stage(run.directory)
+    if first is not None and not checkpoints(run.directory / CHECKPOINTS):
+        learner = args.after(train_whole(first, run.directory)).build()
+    if args.run.resume is not None:
         run.restore(learner)
         _extend(run, args.learner.updates, learner.done)
     with Interruption() as interruption, run.writing(learner.done):
@@ -68,9 +89,18 @@ def train(args: LearnerArgs) -> Path:
             run.log(0, *_validate(validation, learner))
         for _ in track(range(learner.done, args.learner.updates), args.name):
             if _advance(run, learner, validation, args, interruption):
-                print(f"saved after {learner.done} updates: go on with --resume {run.directory}", file=sys.stderr)
+                directory = part_of or run.directory
+                print(
+                    f"{args.name}: {learner.done} updates are saved, go on with --resume {directory}", file=sys.stderr
+                )
                 raise SystemExit(interruption.exit_code)
     return run.directory / POLICY
+
+
+def train_whole(args: LearnerArgs, part_of: Path | None = None) -> Path:
+    """Train, or go on where a training with these arguments was interrupted; see :func:`train`."""
+    begun = (args.run.out / CONFIG).exists()
+    return train(replace(args, run=replace(args.run, resume=args.run.out)) if begun else args, part_of)
 
 
 def _advance(
