@@ -12,9 +12,10 @@ import kvenv
 
 COMMANDS = {
     "demo": "train a first agent, evaluate it beside every heuristic, show a trace",
-    "evaluate": "compare policies on the same traces at the same budgets",
+    "evaluate": "compare policies on the same traces, or on the papers' benchmarks",
     "show": "show what a policy keeps of one trace, window by window",
     "generate": "let an LLM go on with a prompt under a budget",
+    "plan": "what memory and time a training would take",
     "train": "train an agent: imitation, kvp, grpo or ppo",
     "report": "compare trainings: a table, and curves by update and by wall clock",
     "reproduce": "train, measure and judge what kvenv claims of its agents",

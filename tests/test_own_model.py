@@ -32,9 +32,10 @@ def arguments(directory: Path, out: Path) -> list[str]:
     """Return the arguments of README's recipe, smaller."""
     return [
         "grpo", "--preset", "foresightkv", "--model", str(directory),
-        "--traces", str(directory.parent / "traces.jsonl"), "--trace-length", "160", "--interval", str(INTERVAL), "--recent", str(INTERVAL), "--budgets", str(BUDGET),
-        "--imitation-updates", "4", "--updates", "3", "--num-traces", "2", "--group", "2", "--at-once", "1",
-        "--eval-traces", "2", "--eval-every", "2", "--save-every", "2", "--out", str(out),
+        "--traces", str(directory.parent / "traces.jsonl"), "--trace-length", "160",
+        "--interval", str(INTERVAL), "--recent", str(INTERVAL), "--budgets", str(BUDGET), "--imitation-updates", "4",
+        "--updates", "3", "--num-traces", "2", "--group", "2", "--at-once", "1", "--eval-traces", "2",
+        "--eval-every", "2", "--save-every", "2", "--out", str(out),
     ]  # fmt: skip
 
 
