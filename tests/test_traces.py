@@ -21,8 +21,9 @@ from kvenv.models import TINY
 from kvenv.registry import TRACES, register_traces
 from kvenv.traces import FAMILIES, SPLITS, Trace, load_traces, tiny_vocabulary
 from kvenv.traces.family import FamilySource
-from kvenv.traces.source import Encoder
+from kvenv.traces.source import Encoder, TraceSource
 from kvenv.traces.words import FILLER, FIRST, SECOND, WORDS, split_of_word
+from tests import local_model
 
 TOKENIZER: PreTrainedTokenizerBase = build_tokenizer()
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -295,7 +296,7 @@ def test_jsonl_traces_are_cut(tmp_path: Path) -> None:
     [
         ("{oops", "not JSON"),
         ("[1, 2]", "list where an object was expected"),
-        ({}, "none given: give exactly one of input_ids, text, prompt"),
+        ({}, "none given: give exactly one of input_ids, text, prompt .with response., messages"),
         ({"text": "a", "input_ids": [1]}, "input_ids and text given"),
         ({"input_ids": []}, "input_ids must be a list of token ids"),
         ({"input_ids": [1, "2"]}, "input_ids must be a list of token ids"),
@@ -429,3 +430,45 @@ def test_bundled_llm_answers_held_out_questions(family: str) -> None:
     score = quality(model, tokenizer, family, trace_length=512, traces=6)
     assert score.answers > 40
     assert score.accuracy >= (0.95 if family == "recall" else 0.85)
+
+
+MESSAGES = [
+    {"role": "user", "content": "What is 3 + 4?"},
+    {"role": "assistant", "content": "Let me see: 3 + 4 makes 7."},
+]
+
+
+def chat_traces(tmp_path: Path, **record: object) -> TraceSource:
+    (tmp_path / "chat.jsonl").write_text(json.dumps(record) + "\n")
+    return load_traces(str(tmp_path / "chat.jsonl"), tokenizer=local_model.byte_level_tokenizer(), trace_length=400)
+
+
+def test_messages_are_put_into_the_chat_template(tmp_path: Path) -> None:
+    tokenizer = local_model.byte_level_tokenizer()
+    trace = chat_traces(tmp_path, messages=MESSAGES, answer="7")[0]
+    prompt, response = trace.tokens[: trace.prompt_length], trace.tokens[trace.prompt_length :]
+    assert tokenizer.decode(prompt) == "<|user|>What is 3 + 4?<|end|><|assistant|>"
+    assert tokenizer.decode(response) == "Let me see: 3 + 4 makes 7.<|end|>"
+    ((start, stop),) = trace.answers
+    assert tokenizer.decode(trace.tokens[start:stop]).strip() == "7"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "two or more objects with role and content"),
+        (MESSAGES[:1], "two or more objects"),
+        ([{"role": "user"}, MESSAGES[1]], "two or more objects"),
+        ("hello", "two or more objects"),
+        (MESSAGES[::-1], "the last message must be the assistant's, not the user's"),
+    ],
+)
+def test_malformed_messages_are_refused(messages: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"chat\.jsonl:1: .*{message}"):
+        chat_traces(tmp_path, messages=messages)
+
+
+def test_messages_need_a_chat_template(tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    with pytest.raises(ValueError, match="need a tokenizer with a chat template"):
+        load_traces(str(tmp_path / "chat.jsonl"), tokenizer=TOKENIZER, trace_length=400)

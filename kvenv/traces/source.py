@@ -124,3 +124,16 @@ class Encoder:
     def text(self, text: str) -> list[int]:
         """Return the ids of a text of any kind, BOS first."""
         return self.start + self._encode(text)
+
+    def chat(self, messages: list[dict[str, str]], *, answered: bool) -> str:
+        """Return a conversation in the tokenizer's chat template, with the start of an answer if there is none yet.
+
+        Raises
+        ------
+        ValueError
+            If the tokenizer has no chat template.
+        """
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            raise ValueError("messages need a tokenizer with a chat template: give prompt and response instead")
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
+        return text

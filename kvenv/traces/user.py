@@ -16,7 +16,7 @@ import numpy as np
 
 from kvenv.traces.source import Encoder, Trace, TraceSource
 
-FORMS = ("input_ids", "text", "prompt")  # what a record holds: exactly one of these
+FORMS = ("input_ids", "text", "prompt", "messages")  # what a record holds: exactly one of these
 
 
 class ListSource(TraceSource):
@@ -105,7 +105,7 @@ def cut_text(text: str, name: str, *, tokenizer: Any, trace_length: int, schedul
 
 
 def read_jsonl(path: Path, *, split: str, tokenizer: Any, trace_length: int, schedule: str) -> ListSource:
-    """Read one trace per line: ``input_ids``, ``text``, or ``prompt`` and ``response`` (and ``answer``).
+    """Read one trace per line: ``input_ids``, ``text``, ``messages``, or ``prompt`` and ``response`` (and ``answer``).
 
     Traces are cut to ``trace_length`` tokens; blank lines are skipped.
 
@@ -175,8 +175,9 @@ def trace_from_record(record: Any, encoder: Encoder, trace_length: int, schedule
     Parameters
     ----------
     record : dict
-        Exactly one of ``input_ids`` (list of int), ``text`` (str), ``prompt`` with ``response`` (both str). With the
-        latter, ``answer`` (str) is marked where it occurs last in the response.
+        Exactly one of ``input_ids`` (list of int), ``text`` (str), ``prompt`` with ``response`` (both str), or
+        ``messages`` (objects with ``role`` and ``content``, put into the tokenizer's chat template; the last one is the
+        response). With a response, ``answer`` (str) is marked where it occurs last in it.
     encoder : Encoder
         Encodes the text.
     trace_length : int
@@ -196,7 +197,9 @@ def trace_from_record(record: Any, encoder: Encoder, trace_length: int, schedule
     forms = [form for form in FORMS if form in record]
     if len(forms) != 1:
         found = " and ".join(forms) or "none"
-        raise ValueError(f"{place}: {found} given: give exactly one of input_ids, text, prompt (with response)")
+        raise ValueError(
+            f"{place}: {found} given: give exactly one of input_ids, text, prompt (with response), messages"
+        )
     if forms == ["input_ids"]:
         ids = record["input_ids"]
         if not isinstance(ids, list) or not ids or any(type(i) is not int or not 0 <= i < 2**63 for i in ids):
@@ -205,8 +208,12 @@ def trace_from_record(record: Any, encoder: Encoder, trace_length: int, schedule
     elif forms == ["text"]:
         ids = encoder.text(_string(record, "text", place))
         trace = Trace(np.array(ids, dtype=np.int64), _prompt(min(len(ids), trace_length), schedule), (), place)
+    elif forms == ["messages"]:
+        prompt, response = _conversation(record["messages"], encoder, place)
+        trace = _with_response(encoder.part(prompt), response, record, encoder, place)
     else:
-        trace = _prompt_and_response(record, encoder, place)
+        prompt, response = _string(record, "prompt", place), _string(record, "response", place)
+        trace = _with_response(encoder.text(prompt), response, record, encoder, place)
     if trace.prompt_length >= trace_length:
         raise ValueError(
             f"{place}: the prompt has {trace.prompt_length} tokens: choose trace_length above that, not {trace_length}"
@@ -221,9 +228,25 @@ def _string(record: dict[str, Any], key: str, place: str) -> str:
     return record[key]
 
 
-def _prompt_and_response(record: dict[str, Any], encoder: Encoder, place: str) -> Trace:
-    prompt, response = _string(record, "prompt", place), _string(record, "response", place)
-    ids = encoder.text(prompt)
+def _conversation(messages: Any, encoder: Encoder, place: str) -> tuple[str, str]:
+    """Return the text of a conversation before its last message, and from there."""
+    if (
+        not isinstance(messages, list)
+        or len(messages) < 2
+        or not all(
+            isinstance(one, dict) and isinstance(one.get("content"), str) and one.get("role") for one in messages
+        )
+    ):
+        raise ValueError(f"{place}: messages must be a list of two or more objects with role and content")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{place}: the last message must be the assistant's, not the {messages[-1]['role']}'s")
+    prompt, whole = encoder.chat(messages[:-1], answered=False), encoder.chat(messages, answered=True)
+    # Some templates begin an answer otherwise than they tell one.
+    return prompt, whole[len(prompt) :] if whole.startswith(prompt) else messages[-1]["content"]
+
+
+def _with_response(ids: list[int], response: str, record: dict[str, Any], encoder: Encoder, place: str) -> Trace:
+    """Return the trace of a prompt and what follows it."""
     prompt_length = len(ids)
     answers: tuple[tuple[int, int], ...] = ()
     if "answer" in record:
