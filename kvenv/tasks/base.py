@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
@@ -70,17 +70,17 @@ class Examples(Sequence[E], Generic[E]):
 
     Parameters
     ----------
-    count : int
-        How many there are.
+    count : int or callable
+        How many there are, or what tells it once it is asked.
     make : callable
         Makes the i-th; the same one whenever it is asked.
     """
 
-    def __init__(self, count: int, make: Callable[[int], E]) -> None:
+    def __init__(self, count: int | Callable[[], int], make: Callable[[int], E]) -> None:
         self._count, self._make = count, make
 
     def __len__(self) -> int:
-        return self._count
+        return self._count if isinstance(self._count, int) else self._count()
 
     @overload
     def __getitem__(self, index: int) -> E: ...
@@ -88,9 +88,9 @@ class Examples(Sequence[E], Generic[E]):
     def __getitem__(self, index: slice) -> Sequence[E]: ...
     def __getitem__(self, index: int | slice) -> E | Sequence[E]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._count))]
-        if not 0 <= index < self._count:
-            raise IndexError(f"example {index} does not exist: there are 0 to {self._count - 1}")
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} does not exist: there are 0 to {len(self) - 1}")
         return self._make(index)
 
 
@@ -104,10 +104,13 @@ class Task:
         What rows and tables call it, e.g. ``"ruler/vt"``.
     schedule : str
         How the paper that it is taken from evicts: ``"prefill"``, once behind the prompt, or ``"periodic"``.
+    missing : str
+        Data or package without which it can't be run, if it isn't there.
     """
 
     name: str
     schedule: str
+    missing: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
