@@ -10,7 +10,8 @@ import agents
 import kvenv
 from kvenv.models import LoadedModel
 from kvenv.tasks import TASKS, Choice, ChoiceTask, Question, QuestionTask, TaskSetting, TraceTask, load_tasks
-from kvenv.tasks.stand_ins import first_word, said, spells_text
+from kvenv.tasks.scoring import string_match_all
+from kvenv.tasks.stand_ins import first_word, spells_text
 from kvenv.traces.words import WORDS
 from tests.test_task_texts import tokenizer
 
@@ -161,6 +162,6 @@ def test_traces_too_short_for_a_question(name: str) -> None:
     [("kalo . the", 1, 1), ("KALO .", 1, 0), ("the kalo", 1, 0), ("kal o", 0, 0), ("mive", 0, 0), ("", 0, 0)],
 )
 def test_scores(prediction: str, contained: float, first: float) -> None:
-    assert said(prediction, ("kalo",)) == contained
+    assert string_match_all(prediction, ("kalo",)) == contained
     assert first_word(prediction, ("kalo",)) == first
-    assert said("kalo and so on", ("kalo", "mive")) == 0.5
+    assert string_match_all("kalo and so on", ("kalo", "mive")) == 0.5

@@ -51,7 +51,8 @@ def load_tasks(name: str, setting: TaskSetting) -> Sequence[Task]:
     Raises
     ------
     ValueError
-        If the name is unknown; the message lists the known ones.
+        If the name is unknown; the message lists the known ones. If a task lacks data; the message says which tasks
+        lack what, and which run without it.
     """
     benchmark, _, one = name.partition("/")
     if benchmark not in TASKS:
@@ -62,4 +63,17 @@ def load_tasks(name: str, setting: TaskSetting) -> Sequence[Task]:
     found = [task for task in tasks if not one or task.name == name]
     if not found:
         raise ValueError(f"unknown task {name!r}: {benchmark} has {', '.join(task.name for task in tasks)}")
+    _refuse_missing(name, found)
     return found
+
+
+def _refuse_missing(name: str, tasks: Sequence[Task]) -> None:
+    """Refuse tasks that lack something, in one message."""
+    if not any(task.missing for task in tasks):
+        return
+    names: dict[str, list[str]] = {}
+    for task in tasks:
+        names.setdefault(task.missing, []).append(task.name)
+    ready = names.pop("", [])
+    lacks = "; ".join(f"{', '.join(lacking)}: {missing}" for missing, lacking in names.items())
+    raise ValueError(f"{name} can't be run, something is missing. {lacks}. Ready are: {', '.join(ready) or 'none'}")

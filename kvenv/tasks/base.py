@@ -109,11 +109,14 @@ class _Task:
         How the paper that it is taken from evicts: ``"prefill"``, once behind the prompt, or ``"periodic"``.
     note : str
         What a reader of its scores must know, e.g. that it stands in for another one.
+    missing : str
+        Data or package without which it can't be run, if it isn't there.
     """
 
     name: str
     schedule: str
     note: str = field(default="", kw_only=True)
+    missing: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from kvenv.tasks.base import (
     TaskSetting,
     TraceTask,
 )
+from kvenv.tasks.scoring import string_match_all
 from kvenv.traces import FAMILIES
 from kvenv.traces.draw import Draw
 from kvenv.traces.family import FamilySource
@@ -43,18 +44,13 @@ def spells_text(tokenizer: Any) -> bool:
     return "".join(text.split()) == "".join(SAMPLE.split())
 
 
-def said(prediction: str, references: tuple[str, ...]) -> float:
-    """Return the share of the references that a prediction contains, whatever the case, as RULER scores."""
-    return sum(reference.lower() in prediction.lower() for reference in references) / len(references)
-
-
 def first_word(prediction: str, references: tuple[str, ...]) -> float:
     """Return 1 if the first word of a prediction is a reference, else 0."""
     return float(prediction.split()[:1] == [references[0]])
 
 
 def _ruler(setting: TaskSetting) -> list[QuestionTask]:
-    return [_questions("ruler", family, "prefill", said, setting) for family in ("recall", "tracking")]
+    return [_questions("ruler", family, "prefill", string_match_all, setting) for family in ("recall", "tracking")]
 
 
 def _reasoning(setting: TaskSetting) -> list[QuestionTask]:
