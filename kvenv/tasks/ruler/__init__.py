@@ -34,7 +34,6 @@ from kvenv.tasks.ruler.needles import Essays, Needles
 from kvenv.tasks.ruler.recipe import Maker, Recipe
 from kvenv.tasks.ruler.variables import VariableTracking
 from kvenv.tasks.ruler.words import CommonWords, FrequentWords
-from kvenv.traces import SPLITS
 
 NEEDLES = {
     "niah_single_1": ("noise", "word", "number", 1, 1, 1),
@@ -52,14 +51,8 @@ NEEDLES = {
 def build(setting: TaskSetting) -> list[QuestionTask]:
     """Return RULER's tasks, in its order.
 
-    Raises
-    ------
-    ValueError
-        If the split is unknown. A task whose data are missing, or whose prompts don't fit into the length, raises when
-        its questions are asked for.
+    One whose data are missing, or whose prompts don't fit into the length, raises when its questions are asked for.
     """
-    if setting.split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {setting.split!r}")
     essays = Essays(setting.data)
     recipes: dict[str, Recipe] = {name: Needles(*kinds, essays) for name, kinds in NEEDLES.items()}
     recipes |= {
