@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -101,9 +101,12 @@ class LearnedPolicy(  # type: ignore[misc]  # Policy.from_pretrained stands in f
     ) -> None:
         self.name, self.training, self.interval = name, training or {}, interval
         self.budgets = None if budgets is None else tuple(budgets)
-        self.model = model or ModelIdentity(None, None, self.architecture)
-        if difference := self.architecture.difference(self.model.architecture):
+        model, own = model or ModelIdentity(None, None, Architecture()), self.architecture
+        if difference := own.difference(model.architecture):
             raise ValueError(f"the scorer doesn't fit the model it is said to be trained for: {difference}")
+        # What its shape says is known, whoever forgot to write it down.
+        told = {name: value for name, value in asdict(own).items() if value is not None}
+        self.model = replace(model, architecture=replace(model.architecture, **told))
 
     @property
     @abstractmethod

@@ -15,7 +15,7 @@ from agents.kvp_scorer import KVPPolicy, KVPScorer
 from agents.learned import LearnedPolicy
 from agents.scorer import Scorer, ScorerPolicy
 from kvenv.features import feature_set
-from kvenv.identity import ModelIdentity
+from kvenv.identity import Architecture, ModelIdentity
 from kvenv.layerwise import rollout
 from kvenv.models import load_model
 from tests.environments import BUDGET, INTERVAL, MODEL, PROTECTION, trace
@@ -206,14 +206,14 @@ def test_a_class_takes_its_own_policies_only(tmp_path: Path) -> None:
 def test_policies_of_before_know_what_their_network_says(tmp_path: Path) -> None:
     learned("stats 1").save_pretrained(tmp_path)
     description = json.loads((tmp_path / "policy.json").read_text())
-    for name in ("model", "budgets", "interval"):
-        del description[name]
-    (tmp_path / "policy.json").write_text(json.dumps(description))
-    policy = ScorerPolicy.from_pretrained(tmp_path)
-    assert (policy.model.name, policy.model.fingerprint, policy.budgets, policy.interval) == (None,) * 4
-    assert {key: x for key, x in asdict(policy.model.architecture).items() if x is not None} == {
-        "layers": 2, "kv_heads": 2,
-    }  # fmt: skip
+    nothing = {"name": None, "fingerprint": None, "architecture": dict.fromkeys(description["model"]["architecture"])}
+    for change in ({"model": nothing}, {"model": None}, {}):
+        for name in ("model", "budgets", "interval"):
+            description.pop(name, None)
+        (tmp_path / "policy.json").write_text(json.dumps(description | change))
+        policy = ScorerPolicy.from_pretrained(tmp_path)
+        assert (policy.model.name, policy.model.fingerprint, policy.budgets, policy.interval) == (None,) * 4
+        assert policy.model.architecture == Architecture(layers=2, kv_heads=2)
 
 
 @pytest.mark.parametrize(
