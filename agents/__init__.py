@@ -1,27 +1,28 @@
 """Policies and learners: what decides which cached pairs go.
 
 ``agents.make("h2o")`` returns a built-in policy, ``agents.make("grpo-tiny")`` one that was trained for the bundled LLM,
-``agents.make("runs/mine")`` a saved one, and after ``agents.register("mine", factory)`` ``"mine"`` works wherever names
-work.
+``agents.make("runs/mine")`` a saved one, ``agents.make("owner/name")`` one from the Hugging Face hub, and after
+``agents.register("mine", factory)`` ``"mine"`` works wherever names work.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvenv.registry import Registry
+from agents import hub
+from kvenv.registry import HUB_ID, Registry
 
 if TYPE_CHECKING:
     from agents.base import Policy
     from agents.sb3_env import make_sb3_env
     from agents.sb3_policy import KVRankingPolicy
 
-__all__ = ["TRAINED", "KVRankingPolicy", "make", "make_sb3_env", "names", "register", "register_type"]
+__all__ = ["TRAINED", "KVRankingPolicy", "Policy", "make", "make_sb3_env", "names", "register", "register_type"]
 
 __kvenv__ = True
 """Tells this package from a foreign one of the same name."""
@@ -32,8 +33,8 @@ _TYPES: Registry[Callable[..., Policy]] = Registry("policy type")
 TRAINED = ("imitation-tiny", "kvp-tiny", "grpo-tiny", "ppo-tiny")
 """Policies trained for the bundled LLM, package data made by ``kvenv reproduce claims --ship``."""
 
-# Public name -> the module that defines it, imported on first use: Stable-Baselines3 is heavy.
-_HEAVY = {"KVRankingPolicy": "agents.sb3_policy", "make_sb3_env": "agents.sb3_env"}
+# Public name -> the module that defines it, imported on first use: PyTorch and Stable-Baselines3 are heavy.
+_HEAVY = {"KVRankingPolicy": "agents.sb3_policy", "Policy": "agents.base", "make_sb3_env": "agents.sb3_env"}
 
 
 def __getattr__(name: str) -> Any:
@@ -85,39 +86,38 @@ def make(name_or_directory: str | os.PathLike[str], **kwargs: Any) -> Policy:
     Parameters
     ----------
     name_or_directory : str or path-like
-        A registered name, or a directory that a learned policy was saved to. A name wins over a directory of the same
-        name; ``./name`` is the directory.
+        A registered name, a directory that a learned policy was saved to, or a hub id ``owner/name``. What comes first
+        in this list wins; ``./name`` is the directory.
     **kwargs
-        Passed to the policy's factory or loader.
+        Passed to the policy's factory, or to :meth:`agents.Policy.from_pretrained`: ``device``, ``revision``.
 
     Raises
     ------
     ValueError
-        If it is neither, or the directory's ``policy.json`` is malformed or of an unknown type.
+        If it is none of these, the hub doesn't give it, or its ``policy.json`` is malformed or of an unknown type.
     FileNotFoundError
         If the directory has no ``policy.json``.
     """
     name = os.fspath(name_or_directory)
     if name in _POLICIES:
         return _POLICIES.get(name)(**kwargs)
-    directory = Path(name)
-    if not directory.is_dir():
-        raise ValueError(f"unknown policy {name!r}: known are {', '.join(names())}, or a directory with a policy.json")
-    description = directory / "policy.json"
-    if not description.is_file():
-        raise FileNotFoundError(f"policy directory {name!r} has no policy.json")
-    try:
-        kind = str(json.loads(description.read_text(encoding="utf-8"))["type"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f'{description} is not a policy description: a JSON object with a "type"') from error
-    return _TYPES.get(kind)(directory, **kwargs)
+    if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
+        known = ", ".join(names())
+        raise ValueError(f"unknown policy {name!r}: known are {known}, or a directory with a policy.json, or a hub id")
+    return _load(name, **kwargs)
+
+
+def _load(directory_or_id: str, *, revision: str | None = None, **kwargs: Any) -> Policy:
+    """Return a learned policy by the loader of its type."""
+    directory = hub.find(directory_or_id, revision)
+    return _TYPES.get(hub.read_description(directory)["type"])(directory, **kwargs)
 
 
 def _lazy(module: str, attribute: str) -> Callable[..., Any]:
     """Return ``module.attribute`` as a callable that imports it when first called."""
 
     def build(*args: Any, **kwargs: Any) -> Any:
-        return getattr(import_module(module), attribute)(*args, **kwargs)
+        return attrgetter(attribute)(import_module(module))(*args, **kwargs)
 
     return build
 
@@ -147,5 +147,5 @@ register("golden", _lazy("agents.golden", "Golden"))
 register("golden-expected", _lazy("agents.golden", "GoldenExpected"))
 for _name in TRAINED:
     register(_name, _trained(_name))
-register_type("scorer", _lazy("agents.scorer", "load_policy"))
-register_type("kvp", _lazy("agents.kvp_scorer", "load_policy"))
+register_type("scorer", _lazy("agents.scorer", "ScorerPolicy.read"))
+register_type("kvp", _lazy("agents.kvp_scorer", "KVPPolicy.read"))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import agents
 from kvenv.state import STATS, LayerState
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Policy(ABC):
     """Maps one layer's state to keep-priorities.
 
-    Any object with these three members is a policy; the class is there for its name.
+    Any object with these three members is a policy; the class is there for its name, and to load learned ones. What
+    else a policy may have (``encode``, ``check_model``) is in :class:`kvenv.layerwise.Policy`.
 
     Attributes
     ----------
@@ -31,6 +37,38 @@ class Policy(ABC):
     @abstractmethod
     def __call__(self, state: LayerState) -> Tensor:
         """Return priorities (N, H, C), higher = keep; those of slots that are no candidates are ignored."""
+
+    @classmethod
+    def from_pretrained(
+        cls, directory_or_id: str | os.PathLike[str], *, revision: str | None = None, **kwargs: Any
+    ) -> Self:
+        """Return a learned policy that ``save_pretrained`` or ``push_to_hub`` wrote, as an object of its own class.
+
+        Of a hub repository two files are fetched, ``policy.json`` and ``policy.safetensors``; no code is.
+
+        Parameters
+        ----------
+        directory_or_id : str or path-like
+            A directory, or else a hub id ``owner/name``.
+        revision : str, optional
+            Commit, tag or branch of a hub id.
+        **kwargs
+            Passed to what loads its type: ``device``, where its network goes, ``"cpu"`` if not given.
+
+        Raises
+        ------
+        ValueError
+            If it is neither, the hub doesn't give it, a file is malformed, or this is a subclass and the policy isn't
+            of it.
+        FileNotFoundError
+            If the directory lacks a file.
+        """
+        policy: Any = agents._load(os.fspath(directory_or_id), revision=revision, **kwargs)
+        if cls is not Policy and not isinstance(policy, cls):
+            raise ValueError(
+                f"{directory_or_id} holds a {type(policy).__name__}, no {cls.__name__}: use Policy.from_pretrained"
+            )
+        return policy
 
 
 def needed(state: LayerState, field: str) -> Tensor:

@@ -36,8 +36,8 @@ from agents.returns import CREDITS, group_advantages, mean_metrics, rollout_metr
 from agents.schedule import warm_cosine
 from agents.scorer import ScorerPolicy
 from kvenv import plackett_luce
-from kvenv.attention import HandedCache
 from kvenv.features import feature_set
+from kvenv.identity import ModelIdentity
 from kvenv.registry import REWARDS
 from kvenv.rewards import WindowLosses
 from kvenv.state import LayerState, Protection
@@ -214,7 +214,15 @@ class GRPOLearner(Learner):
     def policy(self) -> ScorerPolicy:
         """The policy as trained so far; it evicts what scores lowest."""
         training = {"learner": self.name, "updates_done": self.done, **asdict(self.config)}
-        return ScorerPolicy(self.scorer, self.features.name, self.name, training)
+        return ScorerPolicy(
+            self.scorer,
+            self.features.name,
+            self.name,
+            training,
+            model=ModelIdentity.of(self.episodes.model),
+            budgets=self.config.budgets,
+            interval=self.episodes.interval,
+        )
 
     def update(self) -> dict[str, float]:
         """Roll out, compare, replay and step."""
@@ -366,15 +374,8 @@ class GRPOLearner(Learner):
         # What can't be decoded shows now, as random weights let it, not at the update that draws it.
         self.episodes.draw(np.random.default_rng(self.config.seed), 1, max(self.config.budgets))
         model = self.episodes.model
-        scorer, shape = copy.deepcopy(policy.scorer).to(model.device), HandedCache(model)
-        layers, heads, width = scorer.shape[:3]
-        wanted = feature_set(policy.features).width(shape.head_dim, shape.groups)
-        if (layers, heads, width) != (shape.num_layers, shape.kv_heads, wanted):
-            raise ValueError(
-                f"init {init!r} was trained for {layers} layers x {heads} KV heads with {width} features, "
-                f"this model has {shape.num_layers} x {shape.kv_heads} with {wanted}"
-            )
-        return ScorerPolicy(scorer, policy.features)
+        policy.check_model(model)
+        return ScorerPolicy(copy.deepcopy(policy.scorer).to(model.device), policy.features)
 
     def _random(self, features: str) -> ScorerPolicy:
         """Return a policy of random weights, its input constants taken from a few decisions of its own."""

@@ -26,6 +26,7 @@ from agents.returns import rollout_metrics, window_losses
 from agents.schedule import follow, warm_cosine
 from agents.scorer import Inputs, Scorer, ScorerPolicy
 from kvenv.features import FeatureSet, feature_set
+from kvenv.identity import ModelIdentity
 from kvenv.registry import REWARDS
 from kvenv.state import LayerState, Protection
 from kvenv.traces import TraceSource
@@ -266,7 +267,15 @@ class ImitationLearner(Learner):
     def policy(self) -> ScorerPolicy:
         """The policy as trained so far."""
         student, training = self.students[0], {"learner": self.name, "updates_done": self.done, **asdict(self.config)}
-        return ScorerPolicy(student.mean, student.features.name, self.name, training)
+        return ScorerPolicy(
+            student.mean,
+            student.features.name,
+            self.name,
+            training,
+            model=ModelIdentity.of(self.episodes.model),
+            budgets=self.config.budgets,
+            interval=self.episodes.interval,
+        )
 
     def update(self) -> dict[str, float]:
         """Lead some traces from the first decision to the last, learn from each, and return the metrics."""

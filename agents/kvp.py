@@ -24,7 +24,7 @@ from agents.learner import Learner, State, check_numbers
 from agents.schedule import follow, warm_cosine
 from kvenv import noise, plackett_luce
 from kvenv.rank_env import cost, least_cost
-from kvenv.store import RecordedTrace
+from kvenv.store import RecordedTrace, TraceStore
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,8 @@ class KVPLearner(Learner):
     def policy(self) -> KVPPolicy:
         """The policy as trained so far, with the running mean of the weights."""
         training = {"learner": self.name, "updates_done": self.done, **asdict(self.config)}
-        return KVPPolicy(self.average, self.name, training)
+        model = self.store.identity if isinstance(self.store, TraceStore) else None
+        return KVPPolicy(self.average, self.name, training, model=model, interval=self.store[0].interval)
 
     def update(self) -> dict[str, float]:
         """Rank the pairs of a batch of cuts K times, learn from what was better, and return the metrics."""

@@ -8,7 +8,6 @@ key says doesn't depend then on where it stands, which the position tells.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agents.base import Policy, encoded
+from agents.base import encoded
 from agents.head_networks import HeadLinear, HeadNorm
-from agents.policy_files import read_policy, write_policy
+from agents.learned import LearnedPolicy
 from kvenv.features import PLACES, log_norms, place
+from kvenv.identity import Architecture, ModelIdentity
 from kvenv.rotary import Rotary
 from kvenv.state import LayerState, Pairs
 
@@ -129,85 +129,58 @@ class KVPScorer(nn.Module):
         return [*range(where), *range(where, where + PLACES, 2)], slice(where + 1, None, 2)
 
 
-class KVPPolicy(Policy):
-    """A :class:`KVPScorer` as a policy that saves and loads.
+class KVPPolicy(LearnedPolicy):
+    """A :class:`KVPScorer` as a policy that travels.
 
     Parameters
     ----------
     scorer : KVPScorer
         The network.
-    name : str
-        What tables call it.
-    training : dict, optional
-        How it was made; JSON-able, saved with it.
+    name, training, model, budgets, interval
+        As in :class:`LearnedPolicy`.
     """
 
+    type = "kvp"
     needs: frozenset[str] = frozenset()
 
-    def __init__(self, scorer: KVPScorer, name: str = "kvp", training: dict[str, Any] | None = None) -> None:
-        self.scorer, self.name, self.training = scorer, name, training or {}
+    def __init__(
+        self,
+        scorer: KVPScorer,
+        name: str = "kvp",
+        training: dict[str, Any] | None = None,
+        *,
+        model: ModelIdentity | None = None,
+        budgets: Sequence[int] | None = None,
+        interval: int | None = None,
+    ) -> None:
+        self.scorer = scorer
+        super().__init__(name, training, model, budgets, interval)
 
     @torch.no_grad()
     def __call__(self, state: LayerState) -> Tensor:
-        """Return the scores (N, H, C) of one layer's pairs.
-
-        Raises
-        ------
-        ValueError
-            If the model isn't of the shape that the scorer was built for.
-        """
+        """Return the scores (N, H, C) of one layer's pairs."""
         ages = state.next_position[:, None, None] - state.positions
         return self.scorer.finish(encoded(self, state), ages, state.layer)
 
     @torch.no_grad()
     def encode(self, pairs: Pairs) -> Tensor:
-        """Return what the scorer computes once of every pair: (N, H, C, hidden).
-
-        Raises
-        ------
-        ValueError
-            If the model isn't of the shape that the scorer was built for.
-        """
-        layers, heads, head_dim = self.scorer.shape[:3]
-        if pairs.layer >= layers or (heads, head_dim) != (pairs.keys.shape[1], pairs.keys.shape[-1]):
-            raise ValueError(
-                f"policy {self.name!r} was trained for {layers} layers x {heads} KV heads of {head_dim} dimensions; "
-                f"layer {pairs.layer} of this model has {pairs.keys.shape[1]} heads of {pairs.keys.shape[-1]}"
-            )
+        """Return what the scorer computes once of every pair: (N, H, C, hidden)."""
         return self.scorer.begin(pairs.keys, pairs.values, pairs.positions, pairs.layer)
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``policy.json`` and ``policy.safetensors``."""
-        description = {
-            "type": "kvp",
-            "name": self.name,
-            "shape": list(self.scorer.shape),
-            "inv_freq": self.scorer.inv_freq.tolist(),
-            "training": self.training,
-        }
-        write_policy(directory, self.scorer, description)
+    @property
+    def architecture(self) -> Architecture:
+        """What the network's shape says of the LLM."""
+        layers, heads, head_dim = self.scorer.shape[:3]
+        inv_freq = tuple(self.scorer.inv_freq.tolist())
+        return Architecture(layers=layers, kv_heads=heads, head_dim=head_dim, inv_freq=inv_freq)
+
+    def about_network(self) -> dict[str, Any]:
+        """Return what the description says of the network."""
+        return {"shape": list(self.scorer.shape), "inv_freq": self.scorer.inv_freq.tolist()}
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str], device: str = "cpu") -> KVPPolicy:
-        """Read a policy that :meth:`save` wrote.
-
-        Raises
-        ------
-        ValueError
-            If a file is malformed, or the weights don't fit the description.
-        FileNotFoundError
-            If one is missing.
-        """
-
-        def build(description: dict[str, Any]) -> KVPPolicy:
-            layers, heads, head_dim, embedding, hidden = (int(size) for size in description["shape"])
-            inv_freq = [float(frequency) for frequency in description["inv_freq"]]
-            scorer = KVPScorer(layers, heads, head_dim, embedding, hidden, inv_freq)
-            return cls(scorer, str(description["name"]), description.get("training"))
-
-        return read_policy(directory, "a kvp policy", build, device)
-
-
-def load_policy(directory: str | os.PathLike[str], device: str = "cpu") -> KVPPolicy:
-    """Return the policy saved in a directory; what :func:`agents.make` calls."""
-    return KVPPolicy.load(directory, device)
+    def build(cls, description: dict[str, Any], **known: Any) -> KVPPolicy:
+        """Return a policy with a scorer of a description's shape."""
+        layers, heads, head_dim, embedding, hidden = (int(size) for size in description["shape"])
+        inv_freq = [float(frequency) for frequency in description["inv_freq"]]
+        return cls(KVPScorer(layers, heads, head_dim, embedding, hidden, inv_freq), **known)

@@ -30,6 +30,7 @@ from agents.sb3_env import HeadVecEnv, Observation
 from agents.sb3_policy import KVRankingPolicy
 from agents.scorer import ScorerPolicy
 from kvenv.head_view import HeadView
+from kvenv.identity import ModelIdentity
 from kvenv.vector_env import KVEvictVectorEnv
 
 
@@ -144,7 +145,10 @@ class PPOLearner(Learner):
     def policy(self) -> ScorerPolicy:
         """The policy as trained so far."""
         training = {"learner": self.name, "updates_done": self.done, **asdict(self.config)}
-        return self._actor.ranking_policy(self.env.features, self.name, training)
+        model, limits = ModelIdentity.of(self.env.dynamics.model), self.env.dynamics.limits
+        budgets = self.config.budgets or (limits.budget,)
+        about = {"training": training, "model": model, "budgets": budgets, "interval": limits.interval}
+        return self._actor.ranking_policy(self.env.features, self.name, **about)
 
     def update(self) -> dict[str, float]:
         """Play as many decisions as the smallest budget's episodes have, learn from them, and return the metrics.
@@ -254,6 +258,7 @@ class PPOLearner(Learner):
                 f"init {self.config.init!r} can't be gone on from: it takes a scorer over features "
                 f"{self.env.features!r}, this is {policy.name!r} over {getattr(policy, 'features', 'no features')!r}"
             )
+        policy.check_model(self.env.dynamics.model)
         self._actor.start_from(policy, self.config.temperature)
 
 

@@ -67,7 +67,7 @@ class SamplingPolicy(Policy):
     def __init__(self, policy: ScorerPolicy, temperature: float, evictions: Evictions | None = None) -> None:
         self.policy, self.temperature, self.evictions = policy, temperature, evictions
         self.name, self.needs = f"{policy.name}-sampled", policy.needs | {"noise"}
-        self.encode = policy.encode
+        self.encode, self.check_model = policy.encode, policy.check_model
         self.seconds = 0.0
         self._logits: Tensor | None = None
 

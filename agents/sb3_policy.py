@@ -76,7 +76,8 @@ class KVRankingPolicy(ActorCriticPolicy):
     order of the ``count`` pairs that go. The critic sees mean and maximum of the features over the head's pairs.
 
     ``model.save`` and ``PPO.load`` are SB3's format, a zip that holds pickles: load trusted files only.
-    ``model.policy.ranking_policy("stats").save(directory)`` writes what :func:`agents.make` reads, without pickles.
+    ``model.policy.ranking_policy("stats").save_pretrained(directory)`` writes what :func:`agents.make` reads, without
+    pickles.
 
     Parameters
     ----------
@@ -169,7 +170,7 @@ class KVRankingPolicy(ActorCriticPolicy):
         with torch.no_grad():
             self.scorer.last.div_(temperature)
 
-    def ranking_policy(self, features: str, name: str = "ppo", training: dict[str, Any] | None = None) -> ScorerPolicy:
+    def ranking_policy(self, features: str, name: str = "ppo", **about: Any) -> ScorerPolicy:
         """Return a copy of the actor as a policy for rollouts and evaluation, which saves without pickles.
 
         Parameters
@@ -178,10 +179,10 @@ class KVRankingPolicy(ActorCriticPolicy):
             Name of the feature set of the environment.
         name : str
             What tables call it.
-        training : dict, optional
-            How it was made; JSON-able.
+        **about
+            The other arguments of :class:`agents.scorer.ScorerPolicy`: how it was made, and for which LLM.
         """
-        return ScorerPolicy(copy.deepcopy(self.scorer), features, name, training)
+        return ScorerPolicy(copy.deepcopy(self.scorer), features, name, **about)
 
     def _heads(self, obs: Rows) -> tuple[Tensor, Tensor]:
         """Return layer and head of every row (B,)."""

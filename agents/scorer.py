@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -12,11 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
-from agents.base import Policy
 from agents.head_networks import At, HeadLinear, HeadNorm
-from agents.policy_files import read_policy, write_policy
+from agents.learned import LearnedPolicy
 from kvenv.features import Split, feature_set
+from kvenv.identity import Architecture, ModelIdentity, cache_shape
 from kvenv.state import LayerState, Pairs
 
 Inputs = Literal["squashed", "standardised", "raw"]
@@ -189,8 +189,8 @@ class Half:
         return _asinh(torch.addcmul(self.offset, features, self.factor)) @ self.weight + self.bias
 
 
-class ScorerPolicy(Policy):
-    """A :class:`Scorer` over one of the environment's feature sets, as a policy that saves and loads.
+class ScorerPolicy(LearnedPolicy):
+    """A :class:`Scorer` over one of the environment's feature sets, as a policy that travels.
 
     Parameters
     ----------
@@ -198,36 +198,37 @@ class ScorerPolicy(Policy):
         The network.
     features : str
         Name of the feature set it was built for.
-    name : str
-        What tables call it.
-    training : dict, optional
-        How it was made; JSON-able, saved with it.
+    name, training, model, budgets, interval
+        As in :class:`LearnedPolicy`.
     """
 
+    type = "scorer"
+
     def __init__(
-        self, scorer: Scorer, features: str, name: str = "scorer", training: dict[str, Any] | None = None
+        self,
+        scorer: Scorer,
+        features: str,
+        name: str = "scorer",
+        training: dict[str, Any] | None = None,
+        *,
+        model: ModelIdentity | None = None,
+        budgets: Sequence[int] | None = None,
+        interval: int | None = None,
     ) -> None:
-        self.scorer, self.features, self.name, self.training = scorer, features, name, training or {}
+        self.scorer, self.features = scorer, features
+        super().__init__(name, training, model, budgets, interval)
         self._set = feature_set(features)
         self.needs = self._set.needs
         self._halves: dict[int, tuple[object, Half, Half]] = {}
 
     @torch.no_grad()
     def __call__(self, state: LayerState) -> Tensor:
-        """Return the scores (N, H, C) of one layer's pairs.
-
-        Raises
-        ------
-        ValueError
-            If the model isn't of the shape that the scorer was built for.
-        """
+        """Return the scores (N, H, C) of one layer's pairs."""
         if state.encoded is not None and self._set.split is not None:
             _, _, half = self._halves[state.layer]
             changing = half(self._set.split.changing(state))
             return self.scorer.from_first(state.encoded + changing, state.layer)
-        features = self._set.compute(state)
-        self._check(state.layer, features.shape[1], features.shape[-1])
-        return self.scorer(features, state.layer)
+        return self.scorer(self._set.compute(state), state.layer)
 
     @property
     def encode(self) -> Callable[[Pairs], Tensor] | None:
@@ -236,18 +237,11 @@ class ScorerPolicy(Policy):
 
     @torch.no_grad()
     def _encode(self, pairs: Pairs) -> Tensor:
-        """Return what pairs' fixed features (N, H, C, P) add to the first hidden layer: (N, H, C, hidden).
-
-        Raises
-        ------
-        ValueError
-            If the model isn't of the shape that the scorer was built for.
-        """
+        """Return what pairs' fixed features (N, H, C, P) add to the first hidden layer: (N, H, C, hidden)."""
         split, layer = self._set.split, pairs.layer
         if split is None:
             raise ValueError(f"features {self.features!r} have no part that never changes")
         head_dim, width = pairs.keys.shape[-1], self._set.width(pairs.keys.shape[-1], pairs.groups)
-        self._check(layer, pairs.keys.shape[1], width)
         weights = self.scorer.version()
         made_of, half, _ = self._halves.get(layer, (None, None, None))
         if half is None or weights is None or weights != made_of:
@@ -256,43 +250,37 @@ class ScorerPolicy(Policy):
             self._halves[layer] = weights, half, self.scorer.first_half(layer, others, bias=False)
         return half(split.fixed(pairs))
 
-    def _check(self, layer: int, heads: int, width: int) -> None:
-        """Refuse a model of another shape."""
-        known = self.scorer.shape
-        if layer >= known[0] or (heads, width) != known[1:3]:
-            raise ValueError(
-                f"policy {self.name!r} was trained for {known[0]} layers x {known[1]} KV heads with {known[2]} "
-                f"features; layer {layer} of this model has {heads} heads with {width}"
-            )
+    @property
+    def architecture(self) -> Architecture:
+        """What the network's shape says of the LLM."""
+        return Architecture(layers=self.scorer.shape[0], kv_heads=self.scorer.shape[1])
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``policy.json`` and ``policy.safetensors``."""
-        description = {
-            "type": "scorer",
-            "name": self.name,
-            "features": self.features,
-            "shape": list(self.scorer.shape),
-            "training": self.training,
-        }
-        write_policy(directory, self.scorer, description)
-
-    @classmethod
-    def load(cls, directory: str | os.PathLike[str], device: str = "cpu") -> ScorerPolicy:
-        """Read a policy that :meth:`save` wrote.
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Refuse a model that it wasn't made for, see :meth:`LearnedPolicy.check_model`.
 
         Raises
         ------
         ValueError
-            If a file is malformed, or the weights don't fit the description.
-        FileNotFoundError
-            If one is missing.
+            With all that differs.
         """
+        super().check_model(model)
+        _, _, groups, head_dim = cache_shape(model)
+        width = self._set.width(head_dim, groups)
+        if width != self.scorer.shape[2]:
+            raise ValueError(
+                f"policy {self.name!r} takes {self.scorer.shape[2]} numbers of a pair: features {self.features!r} of "
+                f"this model are {width}"
+            )
 
-        def build(description: dict[str, Any]) -> ScorerPolicy:
-            scorer = Scorer(*_five(description["shape"]))
-            return cls(scorer, str(description["features"]), str(description["name"]), description.get("training"))
+    def about_network(self) -> dict[str, Any]:
+        """Return what the description says of the network."""
+        return {"features": self.features, "shape": list(self.scorer.shape)}
 
-        return read_policy(directory, "a scorer", build, device)
+    @classmethod
+    def build(cls, description: dict[str, Any], **known: Any) -> ScorerPolicy:
+        """Return a policy with a scorer of a description's shape."""
+        layers, heads, features, hidden, depth = (int(size) for size in description["shape"])
+        return cls(Scorer(layers, heads, features, hidden, depth), str(description["features"]), **known)
 
 
 @cache
@@ -302,14 +290,3 @@ def _columns(split: Split, head_dim: int, groups: int, width: int, device: torch
     others = [column for column in range(width) if column not in fixed]
     first, second = (torch.tensor(columns, dtype=torch.int64, device=device) for columns in (fixed, others))
     return first, second
-
-
-def _five(shape: list[Any]) -> tuple[int, int, int, int, int]:
-    """Return a scorer's shape from JSON."""
-    layers, heads, features, hidden, depth = (int(size) for size in shape)
-    return layers, heads, features, hidden, depth
-
-
-def load_policy(directory: str | os.PathLike[str], device: str = "cpu") -> ScorerPolicy:
-    """Return the policy saved in a directory; what :func:`agents.make` calls."""
-    return ScorerPolicy.load(directory, device)

@@ -289,7 +289,7 @@ def train_job(args: LearnerArgs, result: Path) -> None:
 def save_initial(args: LearnerArgs, directory: Path, result: Path) -> None:
     """Save the policy that a training starts from."""
     policy: Any = args.build().policy
-    policy.save(directory)
+    policy.save_pretrained(directory)
     write_atomic(result, "")
 
 

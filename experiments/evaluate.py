@@ -17,10 +17,11 @@ from experiments.results import ANSWERS, RESULTS, Results, digest
 from experiments.tables import report, wide_console
 from kvenv.answering import Answer, Decoding, answer, answerable
 from kvenv.evaluation import FULL, Row, evaluate
+from kvenv.identity import fingerprint
 from kvenv.layerwise import Policy
 from kvenv.models import LoadedModel, load_model
+from kvenv.registry import HUB_ID
 from kvenv.state import Protection
-from kvenv.store import fingerprint
 from kvenv.tasks import ChoiceTask, QuestionTask, Task, TaskSetting, TraceTask, load_tasks
 from kvenv.traces import load_traces
 
@@ -102,7 +103,7 @@ class Args:
 def make_policies(names: Sequence[str], device: str) -> dict[str, Policy | None]:
     """Return the policies by name, learned ones on ``device``; None is the full cache.
 
-    A directory's policy goes by the name saved with it, or by its path where another one has that name.
+    A saved policy goes by the name saved with it, or by its directory or hub id where another one has that name.
 
     Raises
     ------
@@ -111,9 +112,9 @@ def make_policies(names: Sequence[str], device: str) -> dict[str, Policy | None]
     """
     known = [FULL, *agents.names()]
     for name in names:
-        if name not in known and not Path(name).is_dir():
+        if name not in known and not Path(name).is_dir() and not HUB_ID.fullmatch(name):
             raise ValueError(
-                f"unknown policy {name!r}: known are {', '.join(known)}, or a directory with a policy.json"
+                f"unknown policy {name!r}: known are {', '.join(known)}, or a directory with a policy.json, or a hub id"
             )
     policies: dict[str, Policy | None] = {
         name: None if name == FULL else agents.make(name, **({"device": device} if name in agents.TRAINED else {}))

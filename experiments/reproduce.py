@@ -73,7 +73,7 @@ def ship(plan: Plan, made: dict[str, Any]) -> None:
         made_by = {key: made[key] for key in ("command", "date")}
         made_by["commit"] = read_config(plan.run(learner, seed))["commit"]
         policy.name, policy.training = name, {"learner": learner, **own, **made_by}
-        policy.save(Path(agents.__file__).parent / "trained" / name)
+        policy.save_pretrained(Path(agents.__file__).parent / "trained" / name)
 
 
 def learning_curves(plan: Plan) -> dict[str, dict[str, Any]]:

@@ -128,7 +128,7 @@ class Run:
             self._events.flush()
         policy: Any = learner.policy
         policy.training = {**policy.training, "run": self.config}
-        policy.save(self.directory / POLICY)
+        policy.save_pretrained(self.directory / POLICY)
         state = learner.state()
         values = state.values | {"seconds": self.seconds}
         save_checkpoint(self.directory / CHECKPOINTS, State(state.tensors, values), learner.done)

@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kvenv.identity import cache_shape
+
 NAME = "kvenv"
 
 UNMASKED, READY = (0, 0), (0, 1)
@@ -47,11 +49,7 @@ class HandedCache(Cache):
                 f"model {type(model).__name__} is on attention {model.config._attn_implementation!r}, which knows no "
                 "eviction: get it from kvenv.load_model, or switch it by kvenv.attention.use_kvenv_attention"
             )
-        config = model.config.get_text_config()
-        self.num_layers: int = config.num_hidden_layers
-        self.kv_heads: int = config.num_key_value_heads
-        self.groups: int = config.num_attention_heads // config.num_key_value_heads
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.num_layers, self.kv_heads, self.groups, self.head_dim = cache_shape(model)
         self._fed: tuple[Tensor, Tensor] | None = None
 
     def expect(self, positions: Tensor, valid: Tensor) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kvenv import fused, noise
 from kvenv.attention import BEYOND, HandedCache, attend_block, attention_probabilities, causal_bias
+from kvenv.identity import check_policy
 from kvenv.ranking import evict, eviction_order
 from kvenv.rotary import Rotary
 from kvenv.state import NEEDS, LayerState, Pairs, Protection
@@ -62,7 +63,8 @@ class SlotCache(HandedCache):
     Raises
     ------
     ValueError
-        If ``needs`` names something unknown, or the budget doesn't hold what is protected from the policy.
+        If ``needs`` names something unknown, the budget doesn't hold what is protected from the policy, or the policy
+        refuses the model.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class SlotCache(HandedCache):
         seed: int = 0,
     ) -> None:
         super().__init__(model)
+        check_policy(policy, model)
         self.needs: frozenset[str] = frozenset(needs) | getattr(policy, "needs", frozenset())
         unknown = self.needs - set(NEEDS)
         if unknown:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kvenv.decode import Losses
 from kvenv.golden import FutureAttention, expected_future, future_attention
+from kvenv.identity import check_policy
 from kvenv.layerwise import Policy, check_budget, first_decisions, rollout
 from kvenv.lookahead import resampled
 from kvenv.rewards import low_entropy
@@ -147,6 +148,8 @@ def evaluate(
     check_cells(batch_size, policies=policies, budgets=budgets, seeds=seeds, traces=trace_ids)
     if score_from is None:
         score_from = max(budgets) + interval if schedule == "periodic" else source.max_prompt_length
+    for policy in policies.values():
+        check_policy(policy, model)
     setting = _Setting(tuple(budgets), interval, schedule, protection, score_from, by_entropy)
     for start in range(0, len(trace_ids), batch_size):
         batch = _Batch(model, source, trace_ids[start : start + batch_size], setting)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvenv.golden import Reduce
+from kvenv.identity import check_policy
 from kvenv.ranking import action_from_order, eviction_order
 from kvenv.state import LayerState
 
@@ -39,8 +40,10 @@ def policy_action(env: KVEvictEnv | KVEvictVectorEnv, policy: Policy, reduce: Re
     Raises
     ------
     ValueError
-        If the environment can't give what the policy needs, see ``env.layer_states``.
+        If the environment can't give what the policy needs, see ``env.layer_states``, or the policy refuses its LLM.
     """
+    vector: Any = env if hasattr(env, "num_envs") else env.vector
+    check_policy(policy, vector.dynamics.model)
     actions = [
         action_from_order(eviction_order(policy(state), state.positions, state.mask), state.mask)
         for state in env.layer_states(policy.needs, reduce)
@@ -49,7 +52,7 @@ def policy_action(env: KVEvictEnv | KVEvictVectorEnv, policy: Policy, reduce: Re
     if getattr(env, "output", "numpy") == "torch":
         return action
     array: np.ndarray = action.cpu().numpy()
-    return array if hasattr(env, "num_envs") else array[0]
+    return array if vector is env else array[0]
 
 
 class GoldenExpert:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kvenv.attention import READY, HandedCache, attend_block, restore, use_kvenv_attention
 from kvenv.cache import SlotCache
+from kvenv.identity import check_policy
 from kvenv.state import LayerState, Protection, check_integer
 from kvenv.token_step import TokenStep
 from kvenv.traces import SCHEDULES
@@ -91,7 +92,8 @@ class EvictingCache(HandedCache):
     Raises
     ------
     ValueError
-        If the policy needs the future, a number is impossible, or the budget doesn't hold what is protected.
+        If the policy needs the future or was trained for another architecture, a number is impossible, or the budget
+        doesn't hold what is protected.
 
     Examples
     --------
@@ -118,6 +120,7 @@ class EvictingCache(HandedCache):
                 f"policy {getattr(policy, 'name', policy)!r} needs {', '.join(sorted(future))}, and what is yet to be "
                 "generated has no known future: choose a causal policy"
             )
+        check_policy(policy, model)
         check_integer("budget", budget, 1)
         check_integer("interval", interval, 1)
         if schedule not in SCHEDULES:

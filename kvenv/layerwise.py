@@ -30,6 +30,9 @@ class Policy(Protocol):
     A policy may have a method ``encode(pairs: kvenv.state.Pairs) -> Tensor (N, H, C, K)`` beside: what it computes of a
     pair that never changes. It is called once for all new pairs of a forward call, and the decisions find the result in
     ``state.encoded``, slot by slot; where that is None, the policy makes it from the state, which is a ``Pairs``.
+
+    It may have a method ``check_model(model: PreTrainedModel) -> None`` that raises a ValueError with the reason if it
+    can't serve a model: rollouts, ``EvictingCache``, evaluation and ``policy_action`` call it before anything runs.
     """
 
     name: str
@@ -172,8 +175,8 @@ def rollout(
     Raises
     ------
     ValueError
-        If there is no trace, one is longer than the model's positions, the model isn't on kvenv's attention, a budget
-        is impossible or a policy's need is missing.
+        If there is no trace, one is longer than the model's positions, the model isn't on kvenv's attention or is
+        refused by the policy, a budget is impossible or a policy's need is missing.
     """
     if not traces:
         raise ValueError("traces are none: give at least one")

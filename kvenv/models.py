@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,15 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging
 
+from kvenv import identity
 from kvenv.attention import use_kvenv_attention
-from kvenv.registry import MODELS
+from kvenv.registry import HUB_ID, MODELS
 
 TINY = Path(__file__).parent / "tiny"
 """Directory of the bundled LLM."""
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ def _resolve(name: str) -> str:
         if missing:
             raise ValueError(f"model directory {str(directory)!r} lacks {', '.join(missing)}")
         return str(directory)
-    if _HUB_ID.fullmatch(name):
+    if HUB_ID.fullmatch(name):
         return name
     known = ["tiny", *MODELS.names()]
     raise ValueError(f"unknown model {name!r}: known are {', '.join(known)}, a directory or a hub id owner/name")
@@ -191,6 +189,7 @@ def _prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     refuse_unsupported(name, model.config)
     model.eval().requires_grad_(False)
     use_kvenv_attention(model)
+    identity.names[model] = name
     return LoadedModel(name, model, tokenizer)
 
 

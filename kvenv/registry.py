@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""What a name on the Hugging Face hub looks like: owner/name."""
 
 
 class Registry(Generic[T]):

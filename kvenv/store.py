@@ -11,12 +11,11 @@ a cut's utilities concern its n pairs only, so they take T² / 2W numbers per he
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import get_args, overload
@@ -31,6 +30,7 @@ from transformers import PreTrainedModel
 from kvenv.decode import collate, read
 from kvenv.files import write_atomic
 from kvenv.golden import RecordingCache, Reduce
+from kvenv.identity import Architecture, ModelIdentity, architecture, fingerprint
 from kvenv.models import LoadedModel, load_model
 from kvenv.rotary import Rotary
 from kvenv.traces import FAMILIES, Trace, load_traces
@@ -159,7 +159,7 @@ class Recording:
     Attributes
     ----------
     model, fingerprint : str
-        The LLM's name, and the hash of its configuration and weights.
+        The LLM's name, and the hash of its weights.
     layers, kv_heads, head_dim : int
         L, H, D.
     inv_freq, rotary_scaling : list of float, float
@@ -225,6 +225,18 @@ class Recording:
         )
 
     @property
+    def identity(self) -> ModelIdentity:
+        """Which LLM was recorded."""
+        known = Architecture(
+            layers=self.layers,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            inv_freq=tuple(self.inv_freq),
+            rotary_scaling=self.rotary_scaling,
+        )
+        return ModelIdentity(self.model, self.fingerprint, known)
+
+    @property
     def trace_nbytes(self) -> int:
         """Bytes of a trace of ``trace_length`` tokens."""
         pairs = 2 * (self.trace_length - 1) * self.head_dim * DTYPES[self.dtype].itemsize
@@ -243,18 +255,6 @@ class Recording:
             given = getattr(other, name)
             if given != value:
                 raise ValueError(f"{where} was recorded with {name} {value!r}, not {given!r}: choose another directory")
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Return the SHA-256 of a model's configuration and weights; names of files and library versions don't count."""
-    config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -279,6 +279,8 @@ class TraceStore(Sequence[RecordedTrace]):
     ----------
     recording : Recording
         What it holds.
+    identity : ModelIdentity
+        Which LLM was recorded; with ``model``, all of its architecture.
 
     Raises
     ------
@@ -291,11 +293,10 @@ class TraceStore(Sequence[RecordedTrace]):
     def __init__(self, directory: str | os.PathLike[str], model: PreTrainedModel | None = None) -> None:
         self.directory = Path(directory)
         self.recording, shards = read_index(self.directory)
-        if model is not None and fingerprint(model) != self.recording.fingerprint:
-            raise ValueError(
-                f"{self.directory} was recorded from another model than this one, {self.recording.model!r} with the "
-                f"fingerprint {self.recording.fingerprint[:12]}...: record it anew"
-            )
+        self.identity = self.recording.identity
+        if model is not None:
+            self._check_model(model)
+            self.identity = replace(self.identity, architecture=architecture(model))
         self._traces = [trace for shard in shards for trace in self._open(shard)]
 
     def __len__(self) -> int:
@@ -309,6 +310,18 @@ class TraceStore(Sequence[RecordedTrace]):
 
     def __getitem__(self, index: int | slice) -> RecordedTrace | list[RecordedTrace]:
         return self._traces[index]
+
+    def _check_model(self, model: PreTrainedModel) -> None:
+        """Refuse an LLM that wasn't recorded."""
+        name, recorded = self.recording.model, self.identity
+        difference = recorded.architecture.difference(architecture(model))
+        if not difference and recorded.fingerprint != fingerprint(model):
+            difference = f"fingerprint {self.recording.fingerprint[:12]}..., not {fingerprint(model)[:12]}..."
+        if difference:
+            raise ValueError(
+                f"{self.directory} was recorded from another model than this one, {name!r} with {difference}: record "
+                "it anew"
+            )
 
     def _open(self, shard: Shard) -> list[RecordedTrace]:
         """Map the traces of a shard."""

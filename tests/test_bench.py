@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,7 +121,7 @@ def test_a_peer_answers_until_it_ends(tmp_path: Path) -> None:
     environment, script = tmp_path / "venv", tmp_path / "echo.py"
     (environment / "bin").mkdir(parents=True)
     (environment / "bin" / "python").symlink_to(sys.executable)
-    (environment / ".complete").touch()
+    (environment / ".complete").write_text("not-needed")
     script.write_text(ECHO)
     script.with_name("json.py").write_text("raise RuntimeError('what lies beside the script is none of its modules')")
     peer = Peer(["not-needed"], environment, script, ["hello"])
@@ -130,11 +131,26 @@ def test_a_peer_answers_until_it_ends(tmp_path: Path) -> None:
     peer.close()
 
 
+def test_a_peer_installs_what_it_lacks_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment, script = tmp_path / "venv", tmp_path / "echo.py"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "python").symlink_to(sys.executable)
+    script.write_text(ECHO)
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        "experiments.bench.peer.subprocess.run",
+        lambda command, check: commands.append(command) or subprocess.CompletedProcess(command, 0),
+    )
+    for requirements in (["a"], ["a"], ["a", "b==1"], ["a", "b==1"]):
+        Peer(requirements, environment, script, ["hello"]).close()
+    assert [command[-1] for command in commands] == [str(environment), "a", str(environment), "b==1"]
+
+
 def test_a_peer_whose_environment_fails_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(generate, "ENVIRONMENT", tmp_path / "file" / "venv")
+    monkeypatch.setattr("experiments.bench.peer.ENVIRONMENT", tmp_path / "file" / "venv")
     with caplog.at_level("WARNING", logger="kvenv"):
         assert generate.start_peer(random_model(dtype=torch.float32), "cpu") is None
     assert "kvpress is left out" in caplog.text

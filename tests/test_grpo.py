@@ -21,6 +21,7 @@ from agents.ranking_policy import Evictions, ReplayPolicy, SamplingPolicy
 from agents.returns import CREDITS, group_advantages, target_advantages
 from agents.scorer import Scorer, ScorerPolicy
 from kvenv.expert import policy_action
+from kvenv.identity import ModelIdentity
 from kvenv.layerwise import rollout
 from kvenv.registry import REWARDS
 from kvenv.traces import Trace, TraceSource
@@ -319,14 +320,16 @@ def test_a_scorer_of_random_weights_is_calibrated_on_what_it_sees() -> None:
 
 def test_it_goes_on_from_a_saved_policy(tmp_path: Path) -> None:
     start = learner().policy
-    start.save(tmp_path / "start")
+    start.save_pretrained(tmp_path / "start")
     one = learner(init=str(tmp_path / "start"), hidden=9)
     assert torch.equal(one.scorer.last, start.scorer.last)
     one.update()
     assert not torch.equal(one.scorer.last, start.scorer.last)
-    one.policy.save(tmp_path / "policy")
+    one.policy.save_pretrained(tmp_path / "policy")
     saved = agents.make(tmp_path / "policy")
     assert (saved.name, saved.features) == ("grpo", "stats")  # type: ignore[attr-defined]
+    terms = (saved.model, saved.budgets, saved.interval)  # type: ignore[attr-defined]
+    assert terms == (ModelIdentity.of(random_model()), (BUDGET,), INTERVAL)
     assert json.loads((tmp_path / "policy" / "policy.json").read_text())["training"]["group"] == GROUP
 
 
@@ -360,8 +363,8 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> Non
 
 
 def test_a_policy_of_another_model_is_refused(tmp_path: Path) -> None:
-    ScorerPolicy(Scorer(1, 1, 12), "stats").save(tmp_path)
-    with pytest.raises(ValueError, match=r"1 layers x 1 KV heads with 12 features, this model has 2 x 2 with 12"):
+    ScorerPolicy(Scorer(1, 1, 12), "stats").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another architecture than this model's: layers 1, not 2; kv_heads 1, not 2"):
         learner(init=str(tmp_path))
 
 

@@ -19,6 +19,7 @@ from agents.episodes import Episodes
 from agents.imitation import ImitationConfig, ImitationLearner, Lesson, Student
 from agents.ranking_losses import LOSSES, expected_cost, likelihood, listwise, pairwise_hinge, regression, team_cost
 from agents.scorer import Scorer, ScorerPolicy
+from kvenv.identity import ModelIdentity
 from kvenv.layerwise import rollout
 from kvenv.state import LayerState
 from tests.environments import BUDGET, INTERVAL, LENGTH, MODEL, PROTECTION, RAGGED, trace
@@ -346,7 +347,9 @@ def test_calibration_ignores_empty_slots_and_keeps_norms_apart() -> None:
 def test_a_saved_policy_decides_as_before(tmp_path: Path) -> None:
     learner = imitator()
     learner.update()
-    learner.policy.save(tmp_path / "policy")
+    learner.policy.save_pretrained(tmp_path / "policy")
+    policy = ScorerPolicy.from_pretrained(tmp_path / "policy")
+    assert (policy.model, policy.budgets, policy.interval) == (ModelIdentity.of(random_model()), (BUDGET,), INTERVAL)
     options = {"model": random_model(), "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
     losses = [
         rollout(policy, [trace(0)], **options).losses.nll  # type: ignore[arg-type]
@@ -358,13 +361,13 @@ def test_a_saved_policy_decides_as_before(tmp_path: Path) -> None:
 def test_a_policy_of_another_model_is_refused() -> None:
     policy = ScorerPolicy(Scorer(1, 1, 7), "kv", name="foreign")
     options = {"model": random_model(), "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
-    with pytest.raises(ValueError, match=r"'foreign' was trained for 1 layers x 1 KV heads"):
+    with pytest.raises(ValueError, match=r"'foreign' was trained for another .*: layers 1, not 2; kv_heads 1, not 2"):
         rollout(policy, [trace(0)], **options)  # type: ignore[arg-type]
 
 
 def test_damaged_policies_are_refused(tmp_path: Path) -> None:
     directory = tmp_path / "policy"
-    ScorerPolicy(Scorer(2, 2, 5), "kv").save(directory)
+    ScorerPolicy(Scorer(2, 2, 5), "kv").save_pretrained(directory)
     whole = (directory / "policy.safetensors").read_bytes()
     (directory / "policy.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"policy\.safetensors doesn't hold"):
@@ -375,5 +378,5 @@ def test_damaged_policies_are_refused(tmp_path: Path) -> None:
     description = json.loads((directory / "policy.json").read_text())
     del description["shape"]
     (directory / "policy.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match="is not a scorer's description"):
+    with pytest.raises(ValueError, match="is not a scorer policy's description"):
         agents.make(directory)

@@ -230,11 +230,13 @@ def test_the_policy_is_the_running_mean(store: Path, tmp_path: Path) -> None:
     for _ in range(6):
         agent.update()
     assert not torch.equal(agent.policy.scorer.last.weight, agent.scorer.last.weight)
-    agent.policy.save(tmp_path / "policy")
+    agent.policy.save_pretrained(tmp_path / "policy")
     loaded = agents.make(tmp_path / "policy")
     assert loaded.name == "kvp"
     assert loaded.needs == frozenset()
     assert loaded.training == {"learner": "kvp", "updates_done": 6, **asdict(agent.config)}
+    assert (loaded.model, loaded.budgets, loaded.interval) == (TraceStore(store).identity, None, 6)
+    assert learner(list(TraceStore(store))).policy.model.fingerprint is None
     options = {"model": kvenv_model(), "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
     losses = [rollout(policy, [trace(0)], **options).losses.nll for policy in (agent.policy, loaded)]  # type: ignore[arg-type]
     assert torch.equal(*losses)
@@ -242,7 +244,7 @@ def test_the_policy_is_the_running_mean(store: Path, tmp_path: Path) -> None:
 
 def test_damaged_policies_are_refused(store: Path, tmp_path: Path) -> None:
     directory = tmp_path / "policy"
-    learner(store).policy.save(directory)
+    learner(store).policy.save_pretrained(directory)
     whole = (directory / "policy.safetensors").read_bytes()
     (directory / "policy.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"policy\.safetensors doesn't hold"):
@@ -259,7 +261,7 @@ def test_damaged_policies_are_refused(store: Path, tmp_path: Path) -> None:
 
 def test_a_policy_of_another_shape_says_so() -> None:
     policy = KVPPolicy(KVPScorer(2, 2, 8, 4, 4, [1.0]))
-    with pytest.raises(ValueError, match="2 layers x 2 KV heads of 8 dimensions"):
+    with pytest.raises(ValueError, match="head_dim 8, not 16; inv_freq of 1 frequencies, not 8"):
         rollout(policy, [trace(0)], model=kvenv_model(), budget=BUDGET, interval=INTERVAL, protection=PROTECTION)
 
 

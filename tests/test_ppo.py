@@ -24,6 +24,7 @@ from agents.learner import State
 from agents.ppo import PPOConfig, PPOLearner
 from agents.sb3_env import make_sb3_env
 from agents.sb3_policy import EvictionDistribution, KVRankingPolicy
+from kvenv.identity import ModelIdentity
 from kvenv.layerwise import rollout
 from tests.environments import ARGUMENTS, BUDGET, INTERVAL, PROTECTION, trace, vector
 from tests.models import random_model
@@ -359,7 +360,7 @@ def test_the_policy_ranks_like_the_model() -> None:
 
 def test_its_policy_saves_without_pickles_and_rolls_out(tmp_path: Path) -> None:
     policy = learner().policy
-    policy.save(tmp_path / "policy")
+    policy.save_pretrained(tmp_path / "policy")
     options: dict[str, Any] = {"budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
     losses = [
         rollout(each, [trace(0)], model=random_model(), **options).losses.nll
@@ -367,6 +368,7 @@ def test_its_policy_saves_without_pickles_and_rolls_out(tmp_path: Path) -> None:
     ]
     assert torch.equal(*losses)
     assert json.loads((tmp_path / "policy" / "policy.json").read_text())["training"]["learner"] == "ppo"
+    assert (policy.model, policy.budgets, policy.interval) == (ModelIdentity.of(random_model()), (16, BUDGET), INTERVAL)
 
 
 def test_a_restored_learner_never_stopped(tmp_path: Path) -> None:
@@ -406,7 +408,7 @@ def test_foreign_states_and_policies_are_refused(tmp_path: Path) -> None:
     state = learner(hidden=8).state()
     with pytest.raises(ValueError, match="doesn't fit this policy"):
         trained.restore(state)
-    learner(hidden=8).policy.save(tmp_path)
+    learner(hidden=8).policy.save_pretrained(tmp_path)
     assert learner(hidden=8, init=str(tmp_path)).done == 0
     with pytest.raises(ValueError, match="this one's are"):
         learner(init=str(tmp_path))
@@ -421,7 +423,7 @@ def test_foreign_states_and_policies_are_refused(tmp_path: Path) -> None:
 def test_it_starts_where_another_policy_ended(tmp_path: Path) -> None:
     first = learner()
     first.update()
-    first.policy.save(tmp_path)
+    first.policy.save_pretrained(tmp_path)
     observation = first.rows.reset()
     second = learner(init=str(tmp_path), temperature=0.5, seed=1)
     np.testing.assert_array_equal(

@@ -68,7 +68,7 @@ def test_other_terms_are_refused(options: list[str], message: str, tmp_path: Pat
 
 def test_a_policy_that_was_trained_on_is_another_one(tmp_path: Path) -> None:
     directory = tmp_path / "policy"
-    agents.make("kvp-tiny").save(directory)
+    agents.make("kvp-tiny").save_pretrained(directory)
     policies = ["--policies", "random", str(directory)]
     run(tmp_path / "out", policies=policies)
     description = json.loads((directory / "policy.json").read_text())

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load, save
 
 import kvenv
+from kvenv.identity import fingerprint
 from kvenv.models import LoadedModel
-from kvenv.store import Recording, StoreWriter, TraceStore, cuts, fingerprint, record, sample
+from kvenv.store import Recording, StoreWriter, TraceStore, cuts, record, sample
 from tests.models import random_model
 from tests.policies import kvenv_model, random_traces
 from tests.reference import masked_run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ import kvenv
 from experiments.bench.machine import Machine, measure
 from experiments.bench.measure import Row, Side, alternate, compare
 from experiments.bench.models import work
-from experiments.bench.peer import Peer
+from experiments.bench.peer import Peer, kvpress
 from experiments.bench.step import bare_copy
 from experiments.generate import compile_config
 from kvenv.models import load_model
@@ -32,8 +31,6 @@ BATCHES = (1, 8)
 SINKS = 4
 NEVER_SAID = 10**6
 """An EOS that no vocabulary has."""
-REQUIREMENTS = ("kvpress==0.5.5", "transformers<5.3")
-ENVIRONMENT = Path("runs/kvpress-venv")
 
 _log = logging.getLogger("kvenv")
 
@@ -116,11 +113,10 @@ def generate(model: PreTrainedModel, prompt: Tensor, new: int, **options: object
 
 def start_peer(model: PreTrainedModel, device: str) -> Peer | None:
     """Return kvpress with the same weights, None where it can't be installed."""
-    requirements = (f"torch=={version('torch').split('+')[0]}", *REQUIREMENTS)
     with tempfile.TemporaryDirectory() as directory:
         bare_copy(model, "sdpa").save_pretrained(directory)
         try:
-            peer = Peer(requirements, ENVIRONMENT, Path(__file__).with_name("kvpress_peer.py"), [directory, device])
+            peer = kvpress(Path(__file__).with_name("kvpress_peer.py"), [directory, device])
             # It answers when it has read the weights, which are gone then.
             peer.ask(prompt=[[4, 5]], new=2, budget=64, interval=16)
         except OSError as error:

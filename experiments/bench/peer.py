@@ -6,8 +6,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, cast
+
+KVPRESS = ("kvpress==0.5.5", "transformers<5.3", "gymnasium")
+"""What stands beside PyTorch in kvpress's environment; the last is what kvenv needs besides to be imported there."""
+ENVIRONMENT = Path("runs/kvpress-venv")
+"""Where kvpress is, or is installed."""
 
 
 class Peer:
@@ -18,7 +24,7 @@ class Peer:
     requirements : sequence of str
         What its environment holds, for pip.
     environment : Path
-        Where that is, or is made.
+        Where that is, or is made; what it lacks is installed.
     script : Path
         The script.
     arguments : sequence of str
@@ -31,16 +37,15 @@ class Peer:
     """
 
     def __init__(self, requirements: Sequence[str], environment: Path, script: Path, arguments: Sequence[str]) -> None:
-        python = environment / "bin" / "python"
-        complete = environment / ".complete"
-        if not complete.exists():
+        python, complete, wanted = environment / "bin" / "python", environment / ".complete", "\n".join(requirements)
+        if not complete.exists() or complete.read_text(encoding="utf-8") != wanted:
             for command in (
                 [sys.executable, "-m", "venv", str(environment)],
                 [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
             ):
                 if subprocess.run(command, check=False).returncode:
                     raise OSError(f"{environment} can't be made: {' '.join(command)} failed")
-            complete.touch()
+            complete.write_text(wanted, encoding="utf-8")
         # Isolated, or the names of our sections would stand for modules of its own.
         self._process = subprocess.Popen(
             [str(python), "-I", str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -65,3 +70,14 @@ class Peer:
     def close(self) -> None:
         """End the script."""
         self._process.communicate()
+
+
+def kvpress(script: Path, arguments: Sequence[str]) -> Peer:
+    """Return a script that runs beside kvpress, with this process's version of PyTorch.
+
+    Raises
+    ------
+    OSError
+        If its environment can't be made.
+    """
+    return Peer((f"torch=={version('torch').split('+')[0]}", *KVPRESS), ENVIRONMENT, script, arguments)
