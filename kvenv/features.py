@@ -172,7 +172,8 @@ def stats(state: LayerState) -> Tensor:
     """Twelve small numbers per pair, for stock RL libraries: :data:`STATS_FEATURES`, each of order 1.
 
     Norms as log(1 + norm); position and age in tokens as log2(1 + x) / 16; attention statistics averaged over the
-    group's query heads, as log(1 + C * mean attention per query), so that uniform attention over C slots gives log 2.
+    group's query heads, as log(1 + mean attention per query * cached pairs), so that uniform attention gives log 2,
+    however many slots are empty.
     """
     age = _ages(state)
     places = [torch.log2(1 + x.clamp(min=0).float()) / 16 for x in (state.positions, age)]
@@ -183,7 +184,8 @@ def stats(state: LayerState) -> Tensor:
         attention[name] = attention[name] / min(span, state.interval)
     # Weights of 0.9 per window add up to ten windows.
     attention["decayed"] = attention["decayed"] / (10 * state.interval)
-    relative = [torch.log1p(x * state.positions.shape[-1]) for x in attention.values()]
+    cached = state.filled.sum(dim=-1, keepdim=True)
+    relative = [torch.log1p(x * cached) for x in attention.values()]
     return torch.stack([*norms, *places, *relative], dim=-1)
 
 

@@ -60,7 +60,7 @@ def plain(features: str, state: LayerState, head: int, slot: int) -> list[float]
             *norms,
             *where,
         ]
-    slots = state.positions.shape[-1]
+    cached = int((state.positions[0, head] >= 0).sum())
     mean = {name: sum(numbers[i] for numbers in per_query_head) / 2 for i, name in enumerate(STATS)}
     window = state.interval
     spans = {"sum": window, "sum8": min(8, window), "sum16": min(16, window), "sum32": min(32, window)}
@@ -70,7 +70,7 @@ def plain(features: str, state: LayerState, head: int, slot: int) -> list[float]
         math.log1p(math.hypot(*value)),
         math.log2(1 + position) / 16,
         math.log2(1 + age) / 16,
-        *(math.log1p(slots * mean[name] / spans[name]) for name in STATS),
+        *(math.log1p(cached * mean[name] / spans[name]) for name in STATS),
     ]
 
 

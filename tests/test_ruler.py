@@ -248,7 +248,7 @@ def test_a_length_that_is_too_short_names_the_least(tokenizer: PreTrainedTokeniz
 def test_prompts_fit_any_length_or_are_refused(
     tokenizer: PreTrainedTokenizerFast, data: Path, name: str, length: int, number: int
 ) -> None:
-    questions = load(name, TaskSetting(tokenizer, length, data=data)).questions
+    questions = load(name, TaskSetting(tokenizer, length, data=data)).examples
     try:
         tokens, refused = total(questions[number % len(questions)]), False
     except ValueError as error:
@@ -260,7 +260,7 @@ def test_prompts_fit_where_no_other_document_does(tokenizer: PreTrainedTokenizer
     alone = 0
     for length in range(190, 500, 10):
         with suppress(ValueError):  # some documents are longer than others
-            for question in load("ruler/qa_1", TaskSetting(tokenizer, length, num_examples=5, data=data)).questions:
+            for question in load("ruler/qa_1", TaskSetting(tokenizer, length, num_examples=5, data=data)).examples:
                 assert total(question) <= length
                 alone += whole(tokenizer, question).count("Document ") == 1 and total(question) < 0.97 * length
     assert alone > 2
@@ -272,7 +272,7 @@ def test_the_chat_template_is_around_the_prompt(
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", CHAT)
     plain, chat = (
-        load(name, TaskSetting(tokenizer, 2600, num_examples=1, data=data, chat=on)).questions[0]
+        load(name, TaskSetting(tokenizer, 2600, num_examples=1, data=data, chat=on)).examples[0]
         for on in (False, True)
     )
     assert tokenizer.decode(chat.context).startswith("<|user|>")
@@ -343,7 +343,7 @@ def listed(kind: str) -> set[str]:
 def test_values_of_a_key_lie_in_any_order(
     tokenizer: PreTrainedTokenizerFast, tasks: dict[int, dict[str, QuestionTask]]
 ) -> None:
-    questions = tasks[2600]["ruler/niah_multivalue"].questions
+    questions = tasks[2600]["ruler/niah_multivalue"].examples
     orders = {
         tuple(question.references.index(value) for *_, value in needles(whole(tokenizer, question)))
         for question in questions
@@ -410,7 +410,7 @@ def solve_chain(text: str, value: str) -> list[str]:
 def test_variables_are_those_that_hold_the_value(
     tokenizer: PreTrainedTokenizerFast, tasks: dict[int, dict[str, QuestionTask]], length: int
 ) -> None:
-    for question in tasks[length]["ruler/vt"].questions:
+    for question in tasks[length]["ruler/vt"].examples:
         example, prompt = whole(tokenizer, question).split("\n\n\n\n")
         parts = parse(VT_TEXT, prompt)
         assert re.fullmatch(r"[1-9]\d{4}", parts["query"])
@@ -437,7 +437,7 @@ def test_common_words_are_the_most_common(
     tokenizer: PreTrainedTokenizerFast, tasks: dict[int, dict[str, QuestionTask]], length: int
 ) -> None:
     often, seldom = (6, 1) if length < 4096 else (30, 3)
-    for question in tasks[length]["ruler/cwe"].questions:
+    for question in tasks[length]["ruler/cwe"].examples:
         example, prompt = whole(tokenizer, question).split("\nBelow is")
         words = numbered(parse(CWE_TEXT, f"Below is{prompt}")["context"])
         counts = Counter(words)
@@ -463,7 +463,7 @@ def test_common_words_are_repeated_more_often_from_4096_on() -> None:
 def test_frequent_words_are_the_most_frequent(
     tokenizer: PreTrainedTokenizerFast, tasks: dict[int, dict[str, QuestionTask]], length: int
 ) -> None:
-    for question in tasks[length]["ruler/fwe"].questions:
+    for question in tasks[length]["ruler/fwe"].examples:
         words = parse(FWE_TEXT, whole(tokenizer, question))["context"].split(" ")
         (dots, most), *ranked = Counter(words).most_common()
         assert dots == "..."
@@ -497,7 +497,7 @@ def test_squad_is_asked_among_documents_of_its_article_first(
 ) -> None:
     articles = squad_articles()
     places = set()
-    for question in tasks[length]["ruler/qa_1"].questions:
+    for question in tasks[length]["ruler/qa_1"].examples:
         parts = parse(QA_TEXT, whole(tokenizer, question))
         key = re.fullmatch(r"What (?:else )?is (\d+)\.(\d+)\?", parts["query"])
         assert key
@@ -516,7 +516,7 @@ def test_hotpotqa_is_asked_among_all_its_documents(
     tokenizer: PreTrainedTokenizerFast, tasks: dict[int, dict[str, QuestionTask]], length: int
 ) -> None:
     records = {record["question"]: record for record in hotpot_records()}
-    for question in tasks[length]["ruler/qa_2"].questions:
+    for question in tasks[length]["ruler/qa_2"].examples:
         parts = parse(QA_TEXT, whole(tokenizer, question))
         record, listed = records[parts["query"]], documents(parts["context"])
         assert {f"{title}\n{''.join(sentences)}" for title, sentences in record["context"]} < set(listed)
@@ -639,9 +639,9 @@ def test_a_task_without_its_data_fails_when_it_is_asked(
     for directory in (None, tmp_path):
         found = {task.name: task for task in build(TaskSetting(tokenizer, data=directory))}
         with pytest.raises(FileNotFoundError, match=r"PaulGrahamEssays\.json"):
-            found["ruler/niah_single_2"].questions[0]
+            found["ruler/niah_single_2"].examples[0]
         with pytest.raises(ValueError, match=r"squad\.json"):
-            found["ruler/qa_1"].questions[0]
+            found["ruler/qa_1"].examples[0]
     monkeypatch.setitem(sys.modules, "wonderwords", None)
     english.cache_clear()
     found = {task.name: task for task in build(TaskSetting(tokenizer, 2600))}
