@@ -41,9 +41,8 @@ NEVER_SAID = 10**6
 class Args:
     """Compare kvenv's policies in kvpress with themselves, on the bundled LLM."""
 
-    policies: tuple[str, ...] = ("kvp-tiny", "imitation-tiny", "grpo-tiny", "keydiff", "h2o", "snapkv", "tova")
-    """Policies by name, such as need keys, values, positions and attention only. Not ppo-tiny: its features `stats`
-    count slots, of which a cache for generate has more than the prompt has tokens."""
+    policies: tuple[str, ...] = (*agents.TRAINED, "keydiff", "h2o", "snapkv", "tova")
+    """Policies by name, such as need keys, values, positions and attention only."""
     ratios: tuple[float, ...] = (0.5, 0.75)
     """kvpress's compression ratios: shares of a prompt that go."""
     new: int = 32
