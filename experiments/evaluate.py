@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from transformers import PreTrainedModel
 
 import agents
 from experiments.progress import track
@@ -135,13 +136,14 @@ def measure(args: Args) -> list[Row]:
     loaded.check_length(args.trace_length)
     policies = make_policies(args.policies, args.device)
     names = args.traces or (() if args.tasks else ("recall",))
-    # All are loaded before the first is measured: what is wrong with the last is said at once.
+    # All are loaded and looked into before the first is measured: what is wrong with the last is said at once.
     tasks: list[Task] = [_traces(args, name, loaded.tokenizer) for name in names]
     tasks += [task for name in args.tasks for task in load_tasks(name, _setting(args, loaded.tokenizer))]
+    asked = [(task, _ids(args, task, loaded.model)) for task in tasks]
     results = Results(args.out, _terms(args, loaded))
     try:
-        for task in tasks:
-            _measure_task(args, task, policies, loaded, results)
+        for task, ids in asked:
+            _measure_task(args, task, ids, policies, loaded, results)
     finally:
         if results.rows:
             results.write()
@@ -149,7 +151,12 @@ def measure(args: Args) -> list[Row]:
 
 
 def _measure_task(
-    args: Args, task: Task, policies: dict[str, Policy | None], loaded: LoadedModel, results: Results
+    args: Args,
+    task: Task,
+    ids: Sequence[int],
+    policies: dict[str, Policy | None],
+    loaded: LoadedModel,
+    results: Results,
 ) -> None:
     """Measure what is missing of a task."""
     if task.note:
@@ -157,7 +164,7 @@ def _measure_task(
     if not isinstance(task, TraceTask):
         policies = _answering(policies, task.name)
     a_batch = len(args.budgets) * len(policies)
-    ids = results.missing(task.name, _ids(args, task), a_batch * len(args.seeds))
+    ids = results.missing(task.name, ids, a_batch * len(args.seeds))
     if not ids:
         return
     cells: Iterable[list[Row] | list[Answer]] = (
@@ -215,13 +222,13 @@ def _of_answers(
     )
 
 
-def _ids(args: Args, task: Task) -> Sequence[int]:
+def _ids(args: Args, task: Task, model: PreTrainedModel) -> Sequence[int]:
     """Return which traces, or examples, are to be measured: those asked for, as far as there are so many.
 
     Raises
     ------
     ValueError
-        If there is none.
+        If there is none, or the first can't be asked.
     """
     ids: Sequence[int] = range(args.first_trace, args.first_trace + args.num_traces)
     size = task.source.size if isinstance(task, TraceTask) else len(task.examples)
@@ -229,6 +236,8 @@ def _ids(args: Args, task: Task) -> Sequence[int]:
         ids = [number for number in ids if number < size]
     if not ids:
         raise ValueError(f"task {task.name!r} has {size} examples: --first-trace {args.first_trace} is beyond")
+    if not isinstance(task, TraceTask):
+        args.decoding(args.schedule or task.schedule).check(task.examples[ids[0]], model)
     return ids
 
 

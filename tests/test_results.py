@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,14 @@ def test_fewer_examples_than_asked_for_are_all_taken(tmp_path: Path, monkeypatch
     assert {row.trace for row in rows} == {1, 2}
     with pytest.raises(ValueError, match="has 3 examples: --first-trace 3 is beyond"):
         run(tmp_path / "other", "--tasks", "x", "--traces", "--first-trace", "3")
+
+
+def test_what_is_wrong_with_the_last_task_is_said_before_the_first_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = [Question("q/0", (), (), ("a",), 2)]
+    tasks = {"one": questions(), "other": replace(questions(), name="empty", examples=empty)}
+    monkeypatch.setattr(command, "load_tasks", lambda name, setting: [tasks[name]])
+    with pytest.raises(ValueError, match="q/0: the prompt is empty"):
+        run(tmp_path, "--tasks", "one", "other", "--traces")
+    assert not list(tmp_path.iterdir())

@@ -272,8 +272,7 @@ def test_the_chat_template_is_around_the_prompt(
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", CHAT)
     plain, chat = (
-        load(name, TaskSetting(tokenizer, 2600, num_examples=1, data=data, chat=on)).examples[0]
-        for on in (False, True)
+        load(name, TaskSetting(tokenizer, 2600, num_examples=1, data=data, chat=on)).examples[0] for on in (False, True)
     )
     assert tokenizer.decode(chat.context).startswith("<|user|>")
     question = tokenizer.decode(plain.question)
