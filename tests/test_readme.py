@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import agents
 from experiments.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,3 +75,19 @@ def test_the_file_tree_names_what_is_there() -> None:
     listed = set(re.findall(r"^  ([\w/.]+)", tree, re.MULTILINE))
     there = {path.name for path in (ROOT / "kvenv").glob("*.py")} - {"__init__.py"}
     assert there <= listed, f"missing in README's tree: {sorted(there - listed)}"
+
+
+def test_the_paper_index_names_what_is_there() -> None:
+    text = (ROOT / "experiments" / "paper_index.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:kvenv|agents|experiments|tests)/[\w/.]+?)(?:::(\w+))?`", text)
+    assert len(paths) > 60
+    for path, test in paths:
+        source = ROOT / path
+        assert source.is_file(), path
+        assert not test or f"def {test}(" in source.read_text(encoding="utf-8"), f"{path}::{test}"
+    assert set(re.findall(r"`kvenv (\w+)", text)) <= set(COMMANDS)
+    known = agents.names()
+    assert set(re.findall(r"\| `([\w-]+)` \|$", text, re.MULTILINE)) <= set(known)
+    # Every heuristic that comes with the package is somebody's.
+    unnamed = {"random", "golden", "golden-expected", *agents.TRAINED}
+    assert set(known) - unnamed == set(re.findall(r"^\| .*`agents/\w+\.py` \| `([\w-]+)` \|$", text, re.MULTILINE))
