@@ -1,4 +1,4 @@
-"""``python -m experiments.reproduce WHAT``."""
+"""``python -m experiments.reproduce claims|foresightkv|kvp``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import tyro
 
 from experiments.cli import run
-from experiments.reproduce import claims
+from experiments.reproduce import claims, foresightkv, kvp
 
-PARTS: dict[str, Any] = {"claims": claims}
+PARTS: dict[str, Any] = {"claims": claims, "foresightkv": foresightkv, "kvp": kvp}
 """Modules with ``Args`` and ``reproduce(args, command)``, by what they reproduce."""
 
 

@@ -75,7 +75,7 @@ REWARDS = {
 """The rewards of the paper's ablation."""
 FEATURES = ("foresight", "attention-only", "kv")
 """What the scorers of the feature ablation see; the first is the paper's."""
-RIVALS = ("golden", "h2o", "snapkv", "r-kv", "random", START, "grpo-tiny")
+RIVALS = ("golden", "h2o", "snapkv", "r-kv", "random", START)
 """Whose losses are compared with the full cache's; the first four are the paper's."""
 SAMPLERS = ("sampled", "pooled")
 
@@ -122,12 +122,12 @@ class Size:
     """
 
     budgets: tuple[int, ...] = (64, 128)
-    oracle_traces: int = 64
+    oracle_traces: int = 32
     budget: int = 48
-    num_traces: int = 64
+    num_traces: int = 32
     updates: tuple[int, int] = (20, 24)
     batch: tuple[int, int] = (4, 16)
-    noise_seeds: tuple[int, ...] = (0, 1)
+    noise_seeds: tuple[int, ...] = (0,)
 
 
 class ForesightStudy(Study):

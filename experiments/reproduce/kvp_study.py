@@ -67,11 +67,11 @@ class Size:
         How many pairs are ranked there, and how many budgets would keep of them.
     """
 
-    store_traces: int = 500
-    updates: int = 500
+    store_traces: int = 300
+    updates: int = 300
     budget: int = 64
-    num_traces: int = 64
-    cost_traces: int = 32
+    num_traces: int = 32
+    cost_traces: int = 16
     cuts: tuple[int, ...] = (128, 256, 384)
     cost_budgets: tuple[int, ...] = (32, 64, 96)
 

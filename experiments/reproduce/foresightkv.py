@@ -1,0 +1,338 @@
+"""``python -m experiments.reproduce foresightkv``: ForesightKV's figures (arXiv 2602.03203) beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from experiments.comparison import Estimate, bootstrap
+from experiments.evaluate import wide_console
+from experiments.reproduce.figures import FORESIGHTKV
+from experiments.reproduce.foresight_study import FEATURES, REWARDS, RIVALS, SAMPLERS, START, ForesightStudy, Size
+from experiments.reproduce.page import (
+    NONE,
+    NOT,
+    SAME,
+    Element,
+    Line,
+    OnGPU,
+    Page,
+    committed,
+    committed_claims,
+    direction,
+    made_by,
+    ratio,
+    shown,
+)
+from experiments.reproduce.study import FAMILIES
+from experiments.reproduce.verdicts import Measured
+
+COMMAND = "python -m experiments.reproduce foresightkv"
+MATH = "reasoning"
+"""The family that stands for the paper's mathematics."""
+
+
+@dataclass
+class Args:
+    """Measure what has a counterpart in ForesightKV's paper, and put the two side by side."""
+
+    out: Path = Path("runs/foresightkv")
+    """Directory for trainings, rows, and foresightkv.md and foresightkv.json; a second call goes on there."""
+    processes: int = 2
+    """Jobs at a time, each on one thread."""
+    ship: bool = False
+    """Write the page into experiments/results of this checkout, too."""
+    size: tyro.conf.OmitArgPrefixes[Size] = field(default_factory=Size)
+
+
+def oracle(measured: Measured, budgets: Sequence[int]) -> list[Element]:
+    """Return how much golden and the heuristics lose, by budget."""
+    papers = [name for name in RIVALS if name in FORESIGHTKV["oracle 1024"].values]
+    elements = []
+    for budget, figure in zip(budgets, (FORESIGHTKV["oracle 1024"], FORESIGHTKV["oracle 2048"])):
+        loss = {name: _losses(measured, [MATH], name, budget) for name in RIVALS}
+        full = _losses(measured, [MATH], RIVALS[0], budget, "full_lm_loss")
+        lines = []
+        for name in RIVALS:
+            everywhere = ratio(
+                _losses(measured, FAMILIES, name, budget), _losses(measured, FAMILIES, name, budget, "full_lm_loss")
+            )
+            if name == "golden":
+                best = all(loss[name].mean() < loss[other].mean() for other in papers if other != name)
+                verdict = SAME if best else NOT
+            else:
+                above = bootstrap((loss[name] - loss["golden"])[:, None])
+                verdict = direction(above, 1) if name in papers else NONE
+            paper = f"{figure.values[name]:.4f}" if name in papers else "-"
+            ours = f"{shown(ratio(loss[name], full))}; all families {shown(everywhere)}"
+            lines.append(Line(name, paper, ours, verdict))
+        theirs, ours = (_order(papers, of) for of in (figure.values, {name: loss[name].mean() for name in papers}))
+        lines.append(Line("order", theirs, ours, SAME if theirs == ours else NOT))
+        elements.append(
+            Element(
+                f"Golden Eviction and heuristics, B / W = {budget // 16}", figure,
+                f"bundled LLM, test traces of 512 tokens of the family {MATH}, and of all four; B = {budget}, W = "
+                "16; LM loss over the full cache's, over the same targets. A heuristic's verdict is that it loses "
+                f"more than golden on {MATH}.",
+                COMMAND, lines,
+            )
+        )  # fmt: skip
+    return elements
+
+
+def motivation(measured: Measured, full: Mapping[str, Sequence[Sequence[float]]], budget: int) -> Element:
+    """Return by how much losses rise of tokens with little entropy, and of the others."""
+    lines = []
+    for families, label in (([MATH], MATH), (FAMILIES, "all families")):
+        low, high = np.array([means for family in families for means in full[family]]).T
+        for name in RIVALS:
+            total = _losses(measured, families, name, budget) - _losses(
+                measured, families, name, budget, "full_lm_loss"
+            )
+            tokens = _losses(measured, families, name, budget, "scored_tokens")
+            few = np.maximum(1, (0.8 * tokens).astype(int))
+            of_low = _losses(measured, families, name, budget, "low_entropy_increase")
+            of_high = (total * tokens - of_low * few) / (tokens - few)
+            rises = ratio(of_low, low), ratio(of_high, high)
+            same = rises[0].low > rises[1].high
+            ours = " / ".join(shown(rise, ".0%") for rise in rises)
+            verdict = (
+                SAME if same else f"{NOT}: the opposite" if rises[0].high < rises[1].low else f"{NOT}: overlapping"
+            )
+            lines.append(Line(f"{name}, {label}", "147% / 52%", ours, verdict))
+    return Element(
+        "Low-entropy tokens suffer most", FORESIGHTKV["entropy"],
+        f"the same traces at B = {budget}: rise of the mean loss over the full cache's mean loss of the same targets, "
+        "low / high entropy; same direction where the intervals don't overlap.",
+        COMMAND, lines,
+        "A token with little entropy has little loss, so that a relative rise of it is large by itself.",
+    )  # fmt: skip
+
+
+def rewards(measured: Measured, size: Size) -> Element:
+    """Return what RL with each reward changes."""
+    figure, start = FORESIGHTKV["rewards"], (START, size.budget)
+    lines = [Line("supervised only", f"{figure.values['supervised']}", _state(measured, START, size.budget), NONE)]
+    for name in REWARDS:
+        one = (f"reward-{name}", size.budget)
+        accuracy, loss, rise = (
+            measured.change(one, start, FAMILIES, metric)
+            for metric in ("answer_accuracy", "answer_loss", "low_entropy_increase")
+        )
+        gain = figure.values[name] - figure.values["supervised"]
+        ours = "; ".join(
+            (
+                f"accuracy {shown(accuracy, '+.1%')}",
+                f"answer loss {shown(loss, '+.3f')}",
+                f"low-entropy rise {shown(rise, '+.4f')}",
+            )
+        )
+        verdict = direction(accuracy, 1 if gain > 0 else -1)
+        lines.append(Line(_REWARD_NAMES[name], f"{figure.values[name]} ({gain:+.1f})", ours, verdict))
+    return Element(
+        "Rewards", figure,
+        f"GRPO from {START}, {size.updates[0]} updates of {size.batch[0]} traces x 8 rollouts at budget "
+        f"{size.budget}, one seed, credit by attention (kvenv's default); {size.num_traces} test traces of each "
+        "family, each reward's policy minus the supervised one. Intervals are over traces; another training seed "
+        "isn't in them. The verdict is that of accuracy.",
+        COMMAND, lines,
+        "The paper credits every pick with its whole trajectory. At this scale that credit moves next to nothing, with "
+        "either reward: `python -m experiments.ablation grpo`, grpo.md.",
+    )  # fmt: skip
+
+
+def features(measured: Measured, size: Size) -> Element:
+    """Return what a scorer loses that sees less."""
+    paper, *others = FEATURES
+    base = (f"features-{paper}", size.budget)
+    lines = [Line(f"{paper}: key, value, attention statistics", "better", _state(measured, base[0], size.budget), SAME)]
+    for name in others:
+        change = measured.change((f"features-{name}", size.budget), base, FAMILIES)
+        only = name == "attention-only"
+        verdict = direction(change, 1) if only else NONE
+        lines.append(
+            Line(f"{name} minus {paper}", "worse" if only else "-", f"answer loss {shown(change, '+.3f')}", verdict)
+        )
+    lines[0] = Line(lines[0].what, "better", lines[0].ours, lines[1].verdict)
+    there = committed("imitation")["rows"]
+    mean = {
+        name: float(np.mean([there[f"{name} (seed 0)"][family]["answer_loss"] for family in FAMILIES]))
+        for name in ("foresight", "kv", "pre-rope")
+    }
+    return Element(
+        "Features", FORESIGHTKV["features"],
+        f"imitation of Golden Eviction, {size.updates[1]} updates of {size.batch[1]} traces at budget {size.budget}, "
+        f"one seed, by what the scorer sees; {size.num_traces} test traces of each family.",
+        COMMAND, lines,
+        "In `python -m experiments.ablation imitation --updates 24` (imitation.md, 16 validation traces of each "
+        "family) "
+        + ", ".join(f"{name} has {value:.2f}" for name, value in mean.items())
+        + ": keys without their rotary phase are worth more than either.",
+    )  # fmt: skip
+
+
+def half_budget() -> Element:
+    """Return what the claims say of half the budget."""
+    claims, command = committed_claims()
+    claim = claims["Half the budget"]
+    lines = [
+        Line(
+            f"{family}, {int(budget) // 2} against {budget}", "better",
+            f"{learned} minus {best}: {change}, accuracy lost {lost}",
+            SAME if holds == "yes" else NOT if holds == "no" else f"{NONE}: {holds}",
+        )
+        for family, budget, best, learned, change, lost, _, holds in claim["table"]
+    ]  # fmt: skip
+    return Element(
+        "Half the budget", FORESIGHTKV["half"],
+        "the best learned policy at half of a budget against the best heuristic at all of it, both chosen on "
+        "validation traces; answer loss on 200 test traces of each family, five training seeds; same direction "
+        "where it is no worse.",
+        command, lines,
+    )  # fmt: skip
+
+
+def reinforcement() -> Element:
+    """Return what the claims say of RL after supervised learning."""
+    claims, command = committed_claims()
+    figure, answers = FORESIGHTKV["rl"], claims["Answer loss"]
+    paper = " → ".join(f"{value}" for value in figure.values.values())
+    mean = {row[0]: dict(zip(answers["headings"][1:], row[1:])) for row in answers["table"]}
+    lines = []
+    for budget, before, change, share, lm, _ in claims["RL adds to SL"]["table"]:
+        better = all(float(text.split(", ")[1].rstrip("]")) < 0 for text in (change, lm))
+        ours = f"low-entropy rise {before}, {change} ({share} of it); LM loss {lm}"
+        lines.append(Line(f"LM loss at budget {budget}", paper, ours, SAME if better else NOT))
+        supervised, trained = (
+            float(np.mean([float(mean[name][f"{family} {budget}"]) for family in FAMILIES]))
+            for name in ("imitation", "grpo")
+        )
+        verdict = SAME if trained < supervised else NOT
+        lines.append(
+            Line(f"answers at budget {budget}", paper, f"answer loss {supervised:.3f} → {trained:.3f}", verdict)
+        )
+    return Element(
+        "RL after supervised learning", figure,
+        "imitation, 96 updates, and 60 of GRPO from there; five training seeds, 200 test traces of each family. "
+        "Means of answer loss over families have no interval there.",
+        command, lines,
+    )  # fmt: skip
+
+
+def samplers(measured: Measured, size: Size) -> Element:
+    """Return what drawing evictions at test time changes."""
+    start = (START, size.budget)
+    lines = [Line("the W that score lowest", "worse", _state(measured, START, size.budget), NONE)]
+    changes = {name: measured.change((name, size.budget), start, FAMILIES) for name in SAMPLERS}
+    names = {"sampled": "drawn from all candidates", "pooled": "drawn from the 2 W that score lowest"}
+    for name, change in changes.items():
+        verdict = direction(change, -1) if name == "pooled" else NONE
+        ours = f"answer loss {shown(change, '+.3f')} to the lowest W"
+        lines.append(Line(names[name], "best" if name == "pooled" else "worse", ours, verdict))
+    between = measured.change(("pooled", size.budget), ("sampled", size.budget), FAMILIES)
+    lines.append(Line("pool minus all", "better", f"answer loss {shown(between, '+.3f')}", direction(between, -1)))
+    return Element(
+        "Sampling evictions at test", FORESIGHTKV["sampler"],
+        f"{START} at budget {size.budget}, temperature 0.3, that of GRPO's rollouts; {size.num_traces} test traces "
+        f"of each family, {len(size.noise_seeds)} seeds of the noise.",
+        COMMAND, lines,
+    )  # fmt: skip
+
+
+_REWARD_NAMES = {
+    "all": "loss of all tokens",
+    "low": "loss of low-entropy tokens",
+    "high": "loss of high-entropy tokens",
+    "large": "increases beyond 1.5 nats of low-entropy tokens",
+    "squared": "their squares (the paper's)",
+}
+
+
+def on_gpu() -> list[OnGPU]:
+    """Return what needs a real model."""
+    qwen = "--model Qwen/Qwen3-4B --device cuda --dtype bfloat16"
+    terms = "--interval 256 --budgets 1024 2048"
+    return [
+        OnGPU(
+            "Accuracy on AIME by budget", FORESIGHTKV["aime"],
+            [
+                f"kvenv train imitation {qwen} --traces TRACES.jsonl --features foresight {terms} --out "
+                "runs/qwen-imitation",
+                f"kvenv train grpo {qwen} --traces TRACES.jsonl --init runs/qwen-imitation/policy --preset "
+                f"foresightkv {terms} --out runs/qwen-grpo",
+                f"kvenv evaluate --tasks reasoning {qwen} --policies full runs/qwen-grpo/policy r-kv snapkv h2o random "
+                f"--interval 128 --budgets 1024 2048 4096 --task-data DIR",
+            ],
+        ),
+        OnGPU(
+            "LM loss of Golden Eviction and the heuristics", FORESIGHTKV["oracle 1024"],
+            [
+                f"kvenv evaluate {qwen} --traces TRACES.jsonl --trace-length 16384 --policies full golden h2o snapkv "
+                f"r-kv random {terms} --batch-size 1"
+            ],
+        ),
+        OnGPU(
+            "Loss by entropy", FORESIGHTKV["entropy"],
+            [
+                f"kvenv evaluate --tasks entropy {qwen} --policies full golden h2o snapkv r-kv random {terms} "
+                "--task-data DIR"
+            ],
+        ),
+        OnGPU("Throughput", FORESIGHTKV["throughput"], ["python -m experiments.bench gpu --device cuda"]),
+    ]  # fmt: skip
+
+
+def page(study: ForesightStudy) -> Page:
+    """Return the page of what was measured."""
+    size, test = study.size, Measured(study.rows("test"))
+    heuristics = Measured(study.rows("oracle"))
+    return Page(
+        "ForesightKV: the paper's figures beside ours",
+        "The paper (arXiv 2602.03203) has real models and mathematics; ours are the bundled LLM and its synthetic "
+        "traces, so that directions can be compared, not numbers. Sections of the paper are named by content: its "
+        "full text was not at hand. One training seed unless said otherwise; intervals are 95 %, over traces.",
+        [
+            *oracle(heuristics, size.budgets),
+            motivation(heuristics, study.full(), size.budgets[0]),
+            rewards(test, size),
+            half_budget(),
+            features(test, size),
+            reinforcement(),
+            samplers(test, size),
+        ],
+        on_gpu(),
+    )
+
+
+def reproduce(args: Args, command: str) -> None:
+    """Do what isn't done, and write the page; ``command`` is what it says that it was made with."""
+    study = ForesightStudy(args.out, args.size)
+    study.carry_out(args.processes)
+    made = made_by(command, trained_at=study.commits(), size=study.terms(), minutes=sum(study.times().values()) / 60)
+    for path in page(study).write("foresightkv", args.out, made, ship=args.ship):
+        wide_console().print(f"page: {path}", soft_wrap=True)
+
+
+def _order(names: Sequence[str], losses: Mapping[str, float]) -> str:
+    """Return names by their losses, the least first."""
+    return " < ".join(sorted(names, key=lambda name: losses[name]))
+
+
+def _losses(
+    measured: Measured, families: Sequence[str], policy: str, budget: int, metric: str = "lm_loss"
+) -> np.ndarray:
+    """Return a metric (traces,) over the traces of some families, means over seeds."""
+    return np.concatenate([measured.values(family, policy, budget, metric).mean(axis=1) for family in families])
+
+
+def _state(measured: Measured, policy: str, budget: int) -> str:
+    """Return a policy's accuracy and answer loss over all families."""
+    values: list[Estimate] = []
+    for metric in ("answer_accuracy", "answer_loss"):
+        cells = [measured.common([(family, policy, budget)], metric)[0] for family in FAMILIES]
+        values.append(bootstrap(np.concatenate(cells)))
+    return f"accuracy {shown(values[0], '.1%')}; answer loss {shown(values[1])}"
