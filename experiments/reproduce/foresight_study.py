@@ -32,7 +32,6 @@ from kvenv.traces import load_traces
 
 START = "imitation-tiny"
 """The supervised policy that the rewards improve on and the samplers draw from."""
-TEMPERATURE = GRPOConfig.temperature
 NEVER = 1e6
 """Score of a pair outside the pool that evictions are drawn from."""
 
@@ -77,7 +76,8 @@ FEATURES = ("foresight", "attention-only", "kv")
 """What the scorers of the feature ablation see; the first is the paper's."""
 RIVALS = ("golden", "h2o", "snapkv", "r-kv", "random", START)
 """Whose losses are compared with the full cache's; the first four are the paper's."""
-SAMPLERS = ("sampled", "pooled")
+SAMPLERS = tuple(f"{pool}-{temperature}" for temperature in (GRPOConfig.temperature, 10.0) for pool in ("all", "pool"))
+"""Where evictions are drawn from, and how hot: at GRPO's temperature hardly anything but the lowest W goes."""
 
 
 class Pooled(ScorerPolicy):
@@ -92,11 +92,12 @@ class Pooled(ScorerPolicy):
 
 
 def sampler(name: str) -> Policy:
-    """Return the supervised policy with evictions drawn from all candidates (``sampled``), or ``pooled``."""
+    """Return the supervised policy with evictions drawn as one of the samplers says."""
+    pool, temperature = name.split("-")
     start: Any = agents.make(START)
-    if name == "pooled":
+    if pool == "pool":
         start = Pooled(start.scorer, start.features, start.name)
-    return SamplingPolicy(start, TEMPERATURE)
+    return SamplingPolicy(start, float(temperature))
 
 
 @dataclass(frozen=True)

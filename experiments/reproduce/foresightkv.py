@@ -168,10 +168,8 @@ def features(measured: Measured, size: Size) -> Element:
         f"imitation of Golden Eviction, {size.updates[1]} updates of {size.batch[1]} traces at budget {size.budget}, "
         f"one seed, by what the scorer sees; {size.num_traces} test traces of each family.",
         COMMAND, lines,
-        "In `python -m experiments.ablation imitation --updates 24` (imitation.md, 16 validation traces of each "
-        "family) "
-        + ", ".join(f"{name} has {value:.2f}" for name, value in mean.items())
-        + ": keys without their rotary phase are worth more than either.",
+        "Answer loss in `python -m experiments.ablation imitation --updates 24` (imitation.md, 16 validation traces of "
+        "each family): " + ", ".join(f"{name} {value:.2f}" for name, value in mean.items()) + ".",
     )  # fmt: skip
 
 
@@ -227,18 +225,27 @@ def samplers(measured: Measured, size: Size) -> Element:
     """Return what drawing evictions at test time changes."""
     start = (START, size.budget)
     lines = [Line("the W that score lowest", "worse", _state(measured, START, size.budget), NONE)]
-    changes = {name: measured.change((name, size.budget), start, FAMILIES) for name in SAMPLERS}
-    names = {"sampled": "drawn from all candidates", "pooled": "drawn from the 2 W that score lowest"}
-    for name, change in changes.items():
-        verdict = direction(change, -1) if name == "pooled" else NONE
-        ours = f"answer loss {shown(change, '+.3f')} to the lowest W"
-        lines.append(Line(names[name], "best" if name == "pooled" else "worse", ours, verdict))
-    between = measured.change(("pooled", size.budget), ("sampled", size.budget), FAMILIES)
-    lines.append(Line("pool minus all", "better", f"answer loss {shown(between, '+.3f')}", direction(between, -1)))
+    for name in SAMPLERS:
+        pool, temperature = name.split("-")
+        change = measured.change((name, size.budget), start, FAMILIES)
+        what = "all candidates" if pool == "all" else "the 2 W that score lowest"
+        lines.append(
+            Line(
+                f"drawn from {what}, temperature {temperature}", "worse" if pool == "all" else "best",
+                f"answer loss {shown(change, '+.3f')} to the lowest W",
+                NONE if pool == "all" else direction(change, -1),
+            )
+        )  # fmt: skip
+        if pool == "pool":
+            other = (f"all-{temperature}", size.budget)
+            change = measured.change((name, size.budget), other, FAMILIES)
+            ours = f"answer loss {shown(change, '+.3f')}"
+            lines.append(Line(f"pool minus all, temperature {temperature}", "better", ours, direction(change, -1)))
     return Element(
         "Sampling evictions at test", FORESIGHTKV["sampler"],
-        f"{START} at budget {size.budget}, temperature 0.3, that of GRPO's rollouts; {size.num_traces} test traces "
-        f"of each family, {len(size.noise_seeds)} seeds of the noise.",
+        f"{START} at budget {size.budget}; 0.3 is the temperature of GRPO's rollouts, at which hardly any draw "
+        f"leaves the pool, at 10 some do; {size.num_traces} test traces of each family, seeds of the noise "
+        f"{', '.join(map(str, size.noise_seeds))}.",
         COMMAND, lines,
     )  # fmt: skip
 

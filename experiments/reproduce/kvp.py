@@ -51,13 +51,11 @@ class Args:
 def against_attention_free() -> Element:
     """Return what the claims say of KVP against heuristics that see no attention."""
     claims, command = committed_claims()
-    lines = [
-        Line(
-            f"{family}, budget {budget}", "best", f"{own} minus {best}: {change}",
-            SAME if beats == "yes" else NONE + ": saturated" if beats == "saturated" else f"{NOT}: {beats}",
-        )
-        for family, budget, own, best, change, beats in claims["KVP sees no attention"]["table"]
-    ]  # fmt: skip
+    lines = []
+    for family, budget, own, best, change, beats in claims["KVP sees no attention"]["table"]:
+        verdict = {"yes": SAME, "saturated": f"{NONE}: saturated"}.get(beats)
+        verdict = verdict or f"{NOT}: level with, or behind, {beats.removeprefix('not ')}"
+        lines.append(Line(f"{family}, budget {budget}", "best", f"{own} minus {best}: {change}", verdict))
     return Element(
         "KVP among methods that see no attention", KVP["quality"],
         "kvp on the bundled LLM, evictions every 16 tokens, answer loss on 200 test traces of each family, five "

@@ -177,5 +177,6 @@ def _kind(line: Line) -> str:
 def _described(figure: Figure) -> str:
     """Return what a paper reports, with what is to be said of it."""
     says = f"{figure.says}; " if figure.says else ""
+    values = ": " + ", ".join(f"{name} {value:g}" for name, value in figure.values.items()) if figure.values else ""
     doubt = f" {figure.doubt}" if figure.doubt else ""
-    return f"{says}{figure.setting} ({figure.where}) [{figure.source}].{doubt}"
+    return f"{says}{figure.setting}{values} ({figure.where}) [{figure.source}].{doubt}"
