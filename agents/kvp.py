@@ -213,6 +213,7 @@ class KVPLearner(Learner):
         batch = self.batch(self.done)
         loaded = time.perf_counter()
         scores = self.scorer(batch.keys, batch.values, batch.positions, batch.ages)[0][..., batch.slots]
+        scored = time.perf_counter()
         learn = self._from_payment if self.config.objective == "reinforce" else self._from_utilities
         order, loss, metrics = learn(scores, batch)
         norm = self._step(loss)
@@ -226,26 +227,25 @@ class KVPLearner(Learner):
             "loss/grad_norm": norm,
             "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
             "time/env": loaded - began,
-            "time/learn": time.perf_counter() - loaded - metrics.get("time/policy", 0.0),
+            "time/policy": scored - loaded,
+            "time/learn": time.perf_counter() - scored,
         }
 
     def _from_payment(self, scores: Tensor, batch: Cuts) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Return K rankings drawn by the scores, the loss that what they are paid gives, and metrics."""
-        began = time.perf_counter()
         order = self.rank(scores.detach(), batch.mask)
         utility = batch.utility.expand(order.shape).gather(-1, order)
         advantage = leave_one_out(returns(utility, least_cost(batch.utility), self.config.credit), self.config.group)
         # In units of each agent's own spread.
         spread = advantage.square().mean(dim=(0, 3, 4), keepdim=True).sqrt()
         advantage = advantage / spread.clamp(min=1e-8)
-        ranked = time.perf_counter()
         count = batch.mask.sum(dim=-1)
         mask, picks = batch.mask.expand(order.shape), count.expand(order.shape[:-1])
         logs = plackett_luce.log_prob(scores.expand(order.shape), order, mask, picks, order.shape[-1])
         # Averaged over the picks of a ranking, summed over agents, of which each has its own weights.
         loss = -((advantage * logs).sum(dim=-1) / count).mean(dim=(0, 3)).sum()
         entropy = float(-(logs.detach().sum(dim=-1) / count).mean())
-        return order, loss, {"loss/entropy": entropy, "time/policy": ranked - began}
+        return order, loss, {"loss/entropy": entropy}
 
     def _from_utilities(self, scores: Tensor, batch: Cuts) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Return the ranking (1, L, H, N, C) by the scores, a supervised loss, summed over agents, and no metrics."""
