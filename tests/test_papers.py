@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,18 +73,19 @@ def rows(policy: str, budget: int, families: tuple[str, ...] = FAMILIES, **value
 
 
 def losses(**by_policy: float) -> Measured:
-    """Return rows of the rivals with these LM losses, at both budgets."""
+    """Return rows of the rivals with these LM losses."""
     given = dict.fromkeys(foresight_study.RIVALS, 3.0) | {name.replace("_", "-"): x for name, x in by_policy.items()}
-    return Measured([row for name, loss in given.items() for b in (64, 128) for row in rows(name, b, lm_loss=loss)])
+    return Measured([row for name, loss in given.items() for row in rows(name, 64, lm_loss=loss)])
 
 
 def test_golden_must_lose_least_and_heuristics_more() -> None:
-    element = foresightkv.oracle(losses(golden=2.2, h2o=2.4, snapkv=2.6, r_kv=2.8), (64, 128))[0]
+    element = foresightkv.oracle(losses(golden=2.2, h2o=2.4, snapkv=2.6, r_kv=2.8), 64, FORESIGHTKV["oracle 1024"])
     lines = {line.what: line for line in element.lines}
     assert lines["golden"].ours.startswith("1.100 [")
     assert {lines[name].verdict for name in ("golden", "h2o", "snapkv", "r-kv", "order")} == {SAME}
     assert lines["random"].verdict == NONE
-    other = {line.what: line for line in foresightkv.oracle(losses(golden=2.2, h2o=2.1), (64, 128))[0].lines}
+    element = foresightkv.oracle(losses(golden=2.2, h2o=2.1), 64, FORESIGHTKV["oracle 1024"])
+    other = {line.what: line for line in element.lines}
     assert (other["golden"].verdict, other["h2o"].verdict) == (NOT, f"{NOT}: the opposite")
     assert other["order"].verdict == NOT
 
@@ -196,8 +198,10 @@ def test_a_page_counts_verdicts_and_says_where_figures_are_from(
     element = Element(
         "Thing", figure, "here.", "a command", [Line("x", "1.5", "2", f"{NOT}: y"), Line("z", "", "", SAME)]
     )
-    made = page.made_by("the command", size=1)
+    made = page.made_by("the command", trained_at=["abc"], size=1)
     whole = Page("Title", "About.", [element], [OnGPU("Big", figure, ["command --big"])])
+    (tmp_path / "results").mkdir()
+    shutil.copy(page.RESULTS / "claims.json", tmp_path / "results")
     monkeypatch.setattr(page, "RESULTS", tmp_path / "results")
     assert whole.write("x", tmp_path / "out", made, ship=False) == [tmp_path / "out/x.md"]
     whole.write("x", tmp_path / "out", made, ship=True)

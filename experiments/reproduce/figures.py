@@ -46,6 +46,12 @@ class Figure:
     says: str = ""
     doubt: str = ""
 
+    def __str__(self) -> str:
+        """Return it in words, with provenance and doubts."""
+        values = ", ".join(f"{name} {value:g}" for name, value in self.values.items())
+        parts = [self.says, f"{self.setting}: {values}" if values else self.setting]
+        return f"{'; '.join(filter(None, parts))} ({self.where}) [{self.source}]. {self.doubt}".strip()
+
 
 AIME_DOUBT = "Doubtful: the notes contradict each other about AIME, and the budget isn't given."
 

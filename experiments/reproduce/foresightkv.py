@@ -11,7 +11,7 @@ import tyro
 
 from experiments.comparison import Estimate, bootstrap
 from experiments.evaluate import wide_console
-from experiments.reproduce.figures import FORESIGHTKV
+from experiments.reproduce.figures import FORESIGHTKV, Figure
 from experiments.reproduce.foresight_study import FEATURES, REWARDS, RIVALS, SAMPLERS, START, ForesightStudy, Size
 from experiments.reproduce.page import (
     NONE,
@@ -21,6 +21,7 @@ from experiments.reproduce.page import (
     Line,
     OnGPU,
     Page,
+    claimed_means,
     committed,
     committed_claims,
     direction,
@@ -30,10 +31,13 @@ from experiments.reproduce.page import (
 )
 from experiments.reproduce.study import FAMILIES
 from experiments.reproduce.verdicts import Measured
+from kvenv.rewards import LOW_ENTROPY_SHARE
 
 COMMAND = "python -m experiments.reproduce foresightkv"
 MATH = "reasoning"
 """The family that stands for the paper's mathematics."""
+INTERVAL = 16
+"""W; the paper's is 256, and its budgets 16 times ours."""
 
 
 @dataclass
@@ -49,61 +53,45 @@ class Args:
     size: tyro.conf.OmitArgPrefixes[Size] = field(default_factory=Size)
 
 
-def oracle(measured: Measured, budgets: Sequence[int]) -> list[Element]:
-    """Return how much golden and the heuristics lose, by budget."""
-    papers = [name for name in RIVALS if name in FORESIGHTKV["oracle 1024"].values]
-    elements = []
-    for budget, figure in zip(budgets, (FORESIGHTKV["oracle 1024"], FORESIGHTKV["oracle 2048"])):
-        loss = {name: _losses(measured, [MATH], name, budget) for name in RIVALS}
-        full = _losses(measured, [MATH], RIVALS[0], budget, "full_lm_loss")
-        lines = []
-        for name in RIVALS:
-            everywhere = ratio(
-                _losses(measured, FAMILIES, name, budget), _losses(measured, FAMILIES, name, budget, "full_lm_loss")
-            )
-            if name == "golden":
-                best = all(loss[name].mean() < loss[other].mean() for other in papers if other != name)
-                verdict = SAME if best else NOT
-            else:
-                above = bootstrap((loss[name] - loss["golden"])[:, None])
-                verdict = direction(above, 1) if name in papers else NONE
-            paper = f"{figure.values[name]:.4f}" if name in papers else "-"
-            ours = f"{shown(ratio(loss[name], full))}; all families {shown(everywhere)}"
-            lines.append(Line(name, paper, ours, verdict))
-        theirs, ours = (_order(papers, of) for of in (figure.values, {name: loss[name].mean() for name in papers}))
-        lines.append(Line("order", theirs, ours, SAME if theirs == ours else NOT))
-        elements.append(
-            Element(
-                f"Golden Eviction and heuristics, B / W = {budget // 16}", figure,
-                f"bundled LLM, test traces of 512 tokens of the family {MATH}, and of all four; B = {budget}, W = "
-                "16; LM loss over the full cache's, over the same targets. A heuristic's verdict is that it loses "
-                f"more than golden on {MATH}.",
-                COMMAND, lines,
-            )
-        )  # fmt: skip
-    return elements
+def oracle(measured: Measured, budget: int, figure: Figure) -> Element:
+    """Return how much golden and the heuristics lose at a budget."""
+    loss = {name: _losses(measured, [MATH], name, budget) for name in RIVALS}
+    full = _losses(measured, [MATH], RIVALS[0], budget, "full_lm_loss")
+    everywhere = _losses(measured, FAMILIES, RIVALS[0], budget, "full_lm_loss")
+    lines = []
+    for name in RIVALS:
+        if name not in figure.values:
+            verdict = NONE
+        elif name == "golden":
+            verdict = SAME if min(figure.values, key=lambda other: loss[other].mean()) == name else NOT
+        else:
+            verdict = direction(bootstrap((loss[name] - loss["golden"])[:, None]), 1)
+        whole = ratio(_losses(measured, FAMILIES, name, budget), everywhere)
+        paper = f"{figure.values[name]:.4f}" if name in figure.values else "-"
+        lines.append(Line(name, paper, f"{shown(ratio(loss[name], full))}; all families {shown(whole)}", verdict))
+    theirs, ours = (
+        " < ".join(sorted(figure.values, key=lambda name: of[name]))
+        for of in (figure.values, {name: values.mean() for name, values in loss.items()})
+    )
+    lines.append(Line("order", theirs, ours, SAME if theirs == ours else NOT))
+    return Element(
+        f"Golden Eviction and heuristics, B / W = {budget // INTERVAL}", figure,
+        f"bundled LLM, test traces of 512 tokens of the family {MATH}, and of all four; B = {budget}, W = {INTERVAL}; "
+        "LM loss over the full cache's, over the same targets. A heuristic's verdict is that it loses more than golden "
+        f"on {MATH}.",
+        COMMAND, lines,
+    )  # fmt: skip
 
 
 def motivation(measured: Measured, full: Mapping[str, Sequence[Sequence[float]]], budget: int) -> Element:
     """Return by how much losses rise of tokens with little entropy, and of the others."""
     lines = []
     for families, label in (([MATH], MATH), (FAMILIES, "all families")):
-        low, high = np.array([means for family in families for means in full[family]]).T
         for name in RIVALS:
-            total = _losses(measured, families, name, budget) - _losses(
-                measured, families, name, budget, "full_lm_loss"
-            )
-            tokens = _losses(measured, families, name, budget, "scored_tokens")
-            few = np.maximum(1, (0.8 * tokens).astype(int))
-            of_low = _losses(measured, families, name, budget, "low_entropy_increase")
-            of_high = (total * tokens - of_low * few) / (tokens - few)
-            rises = ratio(of_low, low), ratio(of_high, high)
-            same = rises[0].low > rises[1].high
-            ours = " / ".join(shown(rise, ".0%") for rise in rises)
-            verdict = (
-                SAME if same else f"{NOT}: the opposite" if rises[0].high < rises[1].low else f"{NOT}: overlapping"
-            )
-            lines.append(Line(f"{name}, {label}", "147% / 52%", ours, verdict))
+            low, high = _rises(measured, full, families, name, budget)
+            apart = low.low > high.high or low.high < high.low
+            verdict = SAME if low.low > high.high else f"{NOT}: the opposite" if apart else f"{NOT}: overlapping"
+            lines.append(Line(f"{name}, {label}", "147% / 52%", f"{shown(low, '.0%')} / {shown(high, '.0%')}", verdict))
     return Element(
         "Low-entropy tokens suffer most", FORESIGHTKV["entropy"],
         f"the same traces at B = {budget}: rise of the mean loss over the full cache's mean loss of the same targets, "
@@ -111,6 +99,21 @@ def motivation(measured: Measured, full: Mapping[str, Sequence[Sequence[float]]]
         COMMAND, lines,
         "A token with little entropy has little loss, so that a relative rise of it is large by itself.",
     )  # fmt: skip
+
+
+def _rises(
+    measured: Measured, full: Mapping[str, Sequence[Sequence[float]]], families: Sequence[str], name: str, budget: int
+) -> tuple[Estimate, Estimate]:
+    """Return the relative loss increases of low- and of high-entropy tokens."""
+
+    def of(metric: str) -> np.ndarray:
+        return _losses(measured, families, name, budget, metric)
+
+    tokens, of_low = of("scored_tokens"), of("low_entropy_increase")
+    few = np.maximum(1, (LOW_ENTROPY_SHARE * tokens).astype(int))
+    of_high = ((of("lm_loss") - of("full_lm_loss")) * tokens - of_low * few) / (tokens - few)
+    low, high = np.array([means for family in families for means in full[family]]).T
+    return ratio(of_low, low), ratio(of_high, high)
 
 
 def rewards(measured: Measured, size: Size) -> Element:
@@ -149,15 +152,11 @@ def features(measured: Measured, size: Size) -> Element:
     """Return what a scorer loses that sees less."""
     paper, *others = FEATURES
     base = (f"features-{paper}", size.budget)
-    lines = [Line(f"{paper}: key, value, attention statistics", "better", _state(measured, base[0], size.budget), SAME)]
+    lines = [Line(f"{paper}: key, value, attention statistics", "-", _state(measured, base[0], size.budget), NONE)]
     for name in others:
         change = measured.change((f"features-{name}", size.budget), base, FAMILIES)
-        only = name == "attention-only"
-        verdict = direction(change, 1) if only else NONE
-        lines.append(
-            Line(f"{name} minus {paper}", "worse" if only else "-", f"answer loss {shown(change, '+.3f')}", verdict)
-        )
-    lines[0] = Line(lines[0].what, "better", lines[0].ours, lines[1].verdict)
+        says, verdict = ("worse", direction(change, 1)) if name == "attention-only" else ("-", NONE)
+        lines.append(Line(f"{name} minus {paper}", says, f"answer loss {shown(change, '+.3f')}", verdict))
     there = committed("imitation")["rows"]
     mean = {
         name: float(np.mean([there[f"{name} (seed 0)"][family]["answer_loss"] for family in FAMILIES]))
@@ -197,17 +196,15 @@ def half_budget() -> Element:
 def reinforcement() -> Element:
     """Return what the claims say of RL after supervised learning."""
     claims, command = committed_claims()
-    figure, answers = FORESIGHTKV["rl"], claims["Answer loss"]
+    figure, means = FORESIGHTKV["rl"], claimed_means()
     paper = " → ".join(f"{value}" for value in figure.values.values())
-    mean = {row[0]: dict(zip(answers["headings"][1:], row[1:])) for row in answers["table"]}
     lines = []
     for budget, before, change, share, lm, _ in claims["RL adds to SL"]["table"]:
         better = all(float(text.split(", ")[1].rstrip("]")) < 0 for text in (change, lm))
         ours = f"low-entropy rise {before}, {change} ({share} of it); LM loss {lm}"
         lines.append(Line(f"LM loss at budget {budget}", paper, ours, SAME if better else NOT))
         supervised, trained = (
-            float(np.mean([float(mean[name][f"{family} {budget}"]) for family in FAMILIES]))
-            for name in ("imitation", "grpo")
+            float(np.mean([means[name][f"{family} {budget}"] for family in FAMILIES])) for name in ("imitation", "grpo")
         )
         verdict = SAME if trained < supervised else NOT
         lines.append(
@@ -303,7 +300,7 @@ def page(study: ForesightStudy) -> Page:
         "traces, so that directions can be compared, not numbers. Sections of the paper are named by content: its "
         "full text was not at hand. One training seed unless said otherwise; intervals are 95 %, over traces.",
         [
-            *oracle(heuristics, size.budgets),
+            *(oracle(heuristics, budget, FORESIGHTKV[f"oracle {INTERVAL * budget}"]) for budget in size.budgets),
             motivation(heuristics, study.full(), size.budgets[0]),
             rewards(test, size),
             half_budget(),
@@ -322,11 +319,6 @@ def reproduce(args: Args, command: str) -> None:
     made = made_by(command, trained_at=study.commits(), size=study.terms(), minutes=sum(study.times().values()) / 60)
     for path in page(study).write("foresightkv", args.out, made, ship=args.ship):
         wide_console().print(f"page: {path}", soft_wrap=True)
-
-
-def _order(names: Sequence[str], losses: Mapping[str, float]) -> str:
-    """Return names by their losses, the least first."""
-    return " < ".join(sorted(names, key=lambda name: losses[name]))
 
 
 def _losses(

@@ -22,6 +22,7 @@ from experiments.reproduce.page import (
     Line,
     OnGPU,
     Page,
+    claimed_means,
     committed_claims,
     direction,
     made_by,
@@ -74,11 +75,9 @@ def against_attention(measured: Measured, size: Size) -> Element:
         lines.append(
             Line(f"{AGENT} minus {name}", "often better" if verdict != NONE else "-", shown(change, "+.3f"), verdict)
         )
-    claims, command = committed_claims()
-    answers = claims["Answer loss"]
-    mean = {row[0]: dict(zip(answers["headings"][1:], row[1:])) for row in answers["table"]}
-    cells = [cell for cell, value in mean["kvp"].items() if value != "-"]
-    behind = [cell for cell in cells if min(float(mean[name][cell]) for name in ATTENTION) <= float(mean["kvp"][cell])]
+    means, (_, command) = claimed_means(), committed_claims()
+    cells = list(means["kvp"])
+    behind = [cell for cell in cells if min(means[name][cell] for name in ATTENTION) <= means["kvp"][cell]]
     note = (
         f"By the means of `{command}`, kvp has a lower answer loss than all five in {len(cells) - len(behind)} of "
         f"{len(cells)} cells of family and budget" + (f", not in {', '.join(behind)}." if behind else ".")

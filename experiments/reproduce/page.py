@@ -102,29 +102,34 @@ class Page:
     on_gpu: list[OnGPU]
 
     def markdown(self, made: dict[str, Any]) -> str:
-        """Return the page; ``made`` says by which command, when and how."""
+        """Return the page; ``made`` says by which command, when and how (:func:`made_by`)."""
+        claims = committed("claims")
+        sources = "; ".join(f"[{tag}] {says}" for tag, says in SOURCES.items())
         lines = [
             f"# {self.title}",
             "",
-            f"`{made['command']}`, {made['date']}, commit {made['commit']}. {self.about}",
+            f"`{made['command']}`, {made['date']}, commit {made['commit']}, trained at {', '.join(made['trained_at'])}."
+            f" {self.about} What `{claims['command']}` measured is of {claims['date']}, commit {claims['commit']}.",
             "",
+            f"How a paper's figure is known: {sources}.",
+            "",
+            "| element | same direction | not | no counterpart |",
+            "| --- | --- | --- | --- |",
         ]
-        lines += [
-            "Provenance of a paper's figure: " + "; ".join(f"[{tag}] {says}" for tag, says in SOURCES.items()) + "."
-        ]
-        lines += ["", "| element | same direction | not | no counterpart |", "| --- | --- | --- | --- |"]
         for element in self.elements:
-            counts = [sum(_kind(line) == verdict for line in element.lines) for verdict in (SAME, NOT, NONE)]
+            counts = [
+                sum(line.verdict.split(":")[0] == verdict for line in element.lines) for verdict in (SAME, NOT, NONE)
+            ]
             lines.append(f"| {element.name} | {' | '.join(map(str, counts))} |")
         for element in self.elements:
-            lines += ["", f"## {element.name}", "", f"The paper: {_described(element.figure)}", ""]
+            lines += ["", f"## {element.name}", "", f"The paper: {element.figure}", ""]
             lines += [f"Ours: {element.ours} `{element.command}`", "", "| of | the paper | ours | verdict |"]
             lines += ["| --- | --- | --- | --- |"]
             lines += [f"| {line.what} | {line.paper} | {line.ours} | {line.verdict} |" for line in element.lines]
             lines += ["", element.note] if element.note else []
-        lines += ["", "## What needs a real model and a GPU", "", "Not measured. Each takes what stands beside it:"]
+        lines += ["", "## What needs a real model and a GPU", "", "Not measured here. What would measure it:"]
         for row in self.on_gpu:
-            lines += ["", f"**{row.name}.** The paper: {_described(row.figure)}", "", "```bash", *row.commands, "```"]
+            lines += ["", f"**{row.name}.** The paper: {row.figure}", "", "```bash", *row.commands, "```"]
         return "\n".join(lines) + "\n"
 
     def write(self, name: str, out: Path, made: dict[str, Any], *, ship: bool) -> list[Path]:
@@ -152,6 +157,16 @@ def committed_claims() -> tuple[dict[str, dict[str, Any]], str]:
     return {claim["name"]: claim for claim in found["claims"]}, found["command"]
 
 
+def claimed_means() -> dict[str, dict[str, float]]:
+    """Return the claims' mean answer losses, by policy and cell ("recall 32"), those that were measured."""
+    table = committed_claims()[0]["Answer loss"]
+    cells = table["headings"][1:]
+    return {
+        policy: {cell: float(loss) for cell, loss in zip(cells, losses) if loss != "-"}
+        for policy, *losses in table["table"]
+    }
+
+
 def ratio(above: np.ndarray, below: np.ndarray) -> Estimate:
     """Return the ratio of two means over the same traces (traces,), with its bootstrap interval."""
     chosen = weights(np.random.default_rng(0), RESAMPLES, len(above))
@@ -168,15 +183,3 @@ def direction(change: Estimate, expected: int) -> str:
     if change.low <= 0 <= change.high:
         return f"{NOT}: no difference found"
     return SAME if np.sign(change.mean) == expected else f"{NOT}: the opposite"
-
-
-def _kind(line: Line) -> str:
-    return line.verdict.split(":")[0]
-
-
-def _described(figure: Figure) -> str:
-    """Return what a paper reports, with what is to be said of it."""
-    says = f"{figure.says}; " if figure.says else ""
-    values = ": " + ", ".join(f"{name} {value:g}" for name, value in figure.values.items()) if figure.values else ""
-    doubt = f" {figure.doubt}" if figure.doubt else ""
-    return f"{says}{figure.setting}{values} ({figure.where}) [{figure.source}].{doubt}"
