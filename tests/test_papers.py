@@ -7,16 +7,19 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from transformers import PreTrainedModel
 
 import agents
 from agents.knorm import KNorm
 from agents.scorer import ScorerPolicy
-from experiments import reproduce
+from experiments import evaluate, reproduce, train
+from experiments import record as record_command
 from experiments.comparison import Estimate
 from experiments.jobs import Job
 from experiments.reproduce import foresight_study, foresightkv, kvp, page, study
@@ -221,6 +224,19 @@ def test_what_the_claims_measured_is_read_from_their_committed_numbers() -> None
     assert {line.verdict for line in rl.lines if line.what.startswith("LM loss")} == {SAME}
     assert [line.verdict for line in free.lines].count(SAME) == 15
     assert len(kvp.longer_traces().lines) == 8
+
+
+def test_the_commands_that_need_a_gpu_can_be_given() -> None:
+    given = [line.split() for row in (*foresightkv.on_gpu(), *kvp.on_gpu()) for line in row.commands]
+    for program, command, *options in given:
+        if "--tasks" in options or program != "kvenv":
+            continue
+        if command == "train":
+            args = train.parse(options)
+            assert (args.env.device, args.run.eval_every) == ("cuda", 0)
+        else:
+            kind: Any = {"record": record_command, "evaluate": evaluate}[command].Args
+            assert tyro.cli(kind, args=options).interval == 256
 
 
 def test_help_lists_the_parts_and_their_options(capsys: pytest.CaptureFixture[str]) -> None:

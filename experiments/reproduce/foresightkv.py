@@ -143,8 +143,8 @@ def rewards(measured: Measured, size: Size) -> Element:
         "family, each reward's policy minus the supervised one. Intervals are over traces; another training seed "
         "isn't in them. The verdict is that of accuracy.",
         COMMAND, lines,
-        "The paper credits every pick with its whole trajectory. At this scale that credit moves next to nothing, with "
-        "either reward: `python -m experiments.ablation grpo`, grpo.md.",
+        "The paper credits every pick with its whole trajectory. At this scale that moves next to nothing, with the "
+        "loss of all tokens or the paper's reward: `python -m experiments.ablation grpo`, grpo.md.",
     )  # fmt: skip
 
 
@@ -260,31 +260,27 @@ def on_gpu() -> list[OnGPU]:
     """Return what needs a real model."""
     qwen = "--model Qwen/Qwen3-4B --device cuda --dtype bfloat16"
     terms = "--interval 256 --budgets 1024 2048"
+    traces = "--traces TRACES.jsonl --trace-length 16384"
+    rivals = "--policies full golden h2o snapkv r-kv random"
+    training = f"{qwen} {traces} --recent 256 {terms} --preset foresightkv --eval-every 0"
     return [
         OnGPU(
             "Accuracy on AIME by budget", FORESIGHTKV["aime"],
             [
-                f"kvenv train imitation {qwen} --traces TRACES.jsonl --features foresight {terms} --out "
-                "runs/qwen-imitation",
-                f"kvenv train grpo {qwen} --traces TRACES.jsonl --init runs/qwen-imitation/policy --preset "
-                f"foresightkv {terms} --out runs/qwen-grpo",
+                "# TRACES.jsonl: correct long answers of the model to problems of other years",
+                f"kvenv train imitation {training} --out runs/qwen-imitation",
+                f"kvenv train grpo {training} --init runs/qwen-imitation/policy --num-traces 2 --out runs/qwen-grpo",
                 f"kvenv evaluate --tasks reasoning {qwen} --policies full runs/qwen-grpo/policy r-kv snapkv h2o random "
-                f"--interval 128 --budgets 1024 2048 4096 --task-data DIR",
+                "--interval 256 --budgets 1024 2048 4096 --task-data DIR",
             ],
         ),
         OnGPU(
             "LM loss of Golden Eviction and the heuristics", FORESIGHTKV["oracle 1024"],
-            [
-                f"kvenv evaluate {qwen} --traces TRACES.jsonl --trace-length 16384 --policies full golden h2o snapkv "
-                f"r-kv random {terms} --batch-size 1"
-            ],
+            [f"kvenv evaluate {qwen} {traces} {rivals} {terms} --batch-size 1"],
         ),
         OnGPU(
             "Loss by entropy", FORESIGHTKV["entropy"],
-            [
-                f"kvenv evaluate --tasks entropy {qwen} --policies full golden h2o snapkv r-kv random {terms} "
-                "--task-data DIR"
-            ],
+            [f"kvenv evaluate --tasks entropy {qwen} {rivals} {terms} --task-data DIR"],
         ),
         OnGPU("Throughput", FORESIGHTKV["throughput"], ["python -m experiments.bench gpu --device cuda"]),
     ]  # fmt: skip
