@@ -267,7 +267,7 @@ def test_both_commands_from_end_to_end(
                 done.append(job.name)
 
     monkeypatch.setattr(study, "run_jobs", in_this_process)
-    monkeypatch.setattr(study, "MEASURED_TOGETHER", 20)
+    monkeypatch.setattr(study, "MEASURED_TOGETHER", 6)
     for _ in range(2):
         reproduce.main([name, "--out", str(tmp_path), *size.split()])
     assert len(done) == len(set(done)) > 10, "a job was done twice"

@@ -110,16 +110,16 @@ KVP = {
         doubt="Plots, no numbers; the text of the second version was not at hand.",
     ),
     "attention": Figure(
-        "RULER and OASST2 plots", "the same, beside TOVA and SnapKV, which see attention", "P",
+        "RULER and OASST2 plots", "Qwen2.5-7B, the same compression, beside TOVA and SnapKV, which see attention", "P",
         says="perplexity often below theirs", doubt="Plots, no numbers.",
     ),
     "cost": Figure(
         "reward validity", "future attention lost by budget, layer 10 head 0 of Qwen2.5-7B on OASST2", "P",
-        {"largest": 0.10}, says="KVP lies among the methods that see attention",
-        doubt="Of one head; 0.10 is the top of the plot's range.",
+        {"top of the plot": 0.10}, says="KVP lies among the methods that see attention",
+        doubt="Of one head, read off a plot.",
     ),
     "heads": Figure(
-        "reward validity", "the same, head by head", "P",
+        "reward validity", "future attention lost by budget, head by head", "P",
         says="StreamingLLM is good on some heads and bad on others; KeyDiff fails on one",
     ),
     "objectives": Figure(
@@ -139,7 +139,7 @@ KVP = {
     ),
     "overhead": Figure(
         "overhead", "Qwen2.5-7B: parameters of all 112 agents, GFLOPs per token of scoring beside the LLM's", "P",
-        {"parameters": 72.8e6, "scoring": 0.15, "LLM": 14.00},
+        {"million parameters": 72.8, "scoring": 0.15, "LLM": 14.00},
         doubt="The released configuration has 0.47 M parameters per agent, not 0.65 M: the rest is the position table.",
     ),
     "latency": Figure(

@@ -123,9 +123,9 @@ class Size:
     """
 
     budgets: tuple[int, ...] = (64, 128)
-    oracle_traces: int = 32
+    oracle_traces: int = 64
     budget: int = 48
-    num_traces: int = 32
+    num_traces: int = 64
     updates: tuple[int, int] = (20, 24)
     batch: tuple[int, int] = (4, 16)
     noise_seeds: tuple[int, ...] = (0,)

@@ -70,8 +70,8 @@ class Size:
     store_traces: int = 300
     updates: int = 300
     budget: int = 64
-    num_traces: int = 32
-    cost_traces: int = 16
+    num_traces: int = 64
+    cost_traces: int = 32
     cuts: tuple[int, ...] = (128, 256, 384)
     cost_budgets: tuple[int, ...] = (32, 64, 96)
 

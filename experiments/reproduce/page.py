@@ -104,12 +104,14 @@ class Page:
     def markdown(self, made: dict[str, Any]) -> str:
         """Return the page; ``made`` says by which command, when and how (:func:`made_by`)."""
         claims = committed("claims")
+        # Of five trainings' commits the first digits are enough.
+        trained_at = ", ".join(one[:8] + one[40:] for one in made["trained_at"])
         sources = "; ".join(f"[{tag}] {says}" for tag, says in SOURCES.items())
         lines = [
             f"# {self.title}",
             "",
-            f"`{made['command']}`, {made['date']}, commit {made['commit']}, trained at {', '.join(made['trained_at'])}."
-            f" {self.about} What `{claims['command']}` measured is of {claims['date']}, commit {claims['commit']}.",
+            f"`{made['command']}`, {made['date']}, commit {made['commit']}, trained at {trained_at}. {self.about} What "
+            f"`{claims['command']}` measured is of {claims['date']}, commit {claims['commit']}.",
             "",
             f"How a paper's figure is known: {sources}.",
             "",
