@@ -198,9 +198,9 @@ def longer_traces() -> Element:
     for column, family in enumerate(table["headings"][2:]):
         best = min(free, key=lambda name: long[name][column])
         for name, length in (("kvp", 512), ("kvp-short", 256)):
-            better = long[name][column] < long[best][column]
+            verdict = f"{NONE}: {'ahead' if long[name][column] < long[best][column] else 'behind'}"
             ours = f"{long[name][column]:.3f} against {best} {long[best][column]:.3f}"
-            lines.append(Line(f"{family}: trained on {length} tokens", "better", ours, SAME if better else NOT))
+            lines.append(Line(f"{family}: trained on {length} tokens", "-", ours, verdict))
     return Element(
         "Longer traces", KVP["length"],
         "traces of 1,024 tokens at budget 64, 50 of each family, answer loss beside the best heuristic that sees no "
@@ -231,8 +231,8 @@ def overheads() -> Element:
         "Overhead", figure,
         "counted from the modules, two operations per weight of a matrix and token, attention left out.",
         COMMAND, lines,
-        "The paper's 0.15 GFLOPs are two operations for each of its 72.8 M parameters, a table of positions among "
-        "them that is looked up, not multiplied; our scorer has smooth functions of the position instead. The "
+        "The paper's 0.15 GFLOPs are about two operations for each of its 72.8 M parameters, a table of positions "
+        "among them that is looked up, not multiplied; our scorer has smooth functions of the position instead. The "
         "bundled LLM is small, its scorers aren't in proportion.",
     )  # fmt: skip
 
