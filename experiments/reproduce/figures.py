@@ -134,14 +134,14 @@ KVP = {
         says="KVP_S is better on BoolQ and GovReport, KVP_R on MMLU", doubt="Plots, no numbers.",
     ),
     "length": Figure(
-        "abstract of the second version", "RULER up to 128K tokens", "A", says="adds longer prompts and strong baselines",
-        doubt="The text was not at hand, nor any result.",
+        "abstract of the second version", "RULER up to 128K tokens", "A",
+        says="adds longer prompts and strong baselines", doubt="The text was not at hand, nor any result.",
     ),
     "overhead": Figure(
         "overhead", "Qwen2.5-7B: parameters of all 112 agents, GFLOPs per token of scoring beside the LLM's", "P",
         {"million parameters": 72.8, "scoring": 0.15, "LLM": 14.00},
-        doubt="The released configuration has 0.47 M parameters per agent, not 0.65 M: a longer table of positions would "
-        "explain it.",
+        doubt="The released configuration has 0.47 M parameters per agent, not 0.65 M: a longer table of positions "
+        "would explain it.",
     ),
     "latency": Figure(
         "overhead", "one layer at 10,000 tokens on a B200, beside prefill", "P", {"ms": 0.71, "prefill ms": 404.0},
