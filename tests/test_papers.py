@@ -110,7 +110,7 @@ def test_a_reward_is_judged_by_accuracy_and_by_the_papers_sign() -> None:
     gains = {"all": -0.1, "low": 0.1, "high": 0.1, "large": 0.0, "squared": 0.1}
     made = [row for name, x in gains.items() for row in rows(f"reward-{name}", size.budget, answer_accuracy=0.5 + x)]
     element = foresightkv.rewards(Measured([*start, *made]), size)
-    expected = [NONE, SAME, SAME, f"{NOT}: the opposite", f"{NOT}: no difference found", SAME]
+    expected = [NONE, SAME, SAME, f"{NOT}: the opposite", f"{NOT}: no difference found", SAME, NOT]
     assert [line.verdict for line in element.lines] == expected
     assert element.lines[1].paper == "50.6 (-1.1)"
 

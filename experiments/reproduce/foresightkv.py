@@ -69,10 +69,7 @@ def oracle(measured: Measured, budget: int, figure: Figure) -> Element:
         whole = ratio(_losses(measured, FAMILIES, name, budget), everywhere)
         paper = f"{figure.values[name]:.4f}" if name in figure.values else "-"
         lines.append(Line(name, paper, f"{shown(ratio(loss[name], full))}; all families {shown(whole)}", verdict))
-    theirs, ours = (
-        " < ".join(sorted(figure.values, key=lambda name: of[name]))
-        for of in (figure.values, {name: values.mean() for name, values in loss.items()})
-    )
+    theirs, ours = _order(figure.values), _order({name: float(loss[name].mean()) for name in figure.values})
     lines.append(Line("order", theirs, ours, SAME if theirs == ours else NOT))
     return Element(
         f"Golden Eviction and heuristics, B / W = {budget // INTERVAL}", figure,
@@ -120,12 +117,14 @@ def rewards(measured: Measured, size: Size) -> Element:
     """Return what RL with each reward changes."""
     figure, start = FORESIGHTKV["rewards"], (START, size.budget)
     lines = [Line("supervised only", f"{figure.values['supervised']}", _state(measured, START, size.budget), NONE)]
+    gained = {"supervised": 0.0}
     for name in REWARDS:
         one = (f"reward-{name}", size.budget)
         accuracy, loss, rise = (
             measured.change(one, start, FAMILIES, metric)
             for metric in ("answer_accuracy", "answer_loss", "low_entropy_increase")
         )
+        gained[name] = accuracy.mean
         gain = figure.values[name] - figure.values["supervised"]
         ours = "; ".join(
             (
@@ -136,6 +135,8 @@ def rewards(measured: Measured, size: Size) -> Element:
         )
         verdict = direction(accuracy, 1 if gain > 0 else -1)
         lines.append(Line(_REWARD_NAMES[name], f"{figure.values[name]} ({gain:+.1f})", ours, verdict))
+    theirs, ours = (_order(of) for of in (figure.values, gained))
+    lines.append(Line("order by accuracy, worst first", theirs, ours, SAME if theirs == ours else NOT))
     return Element(
         "Rewards", figure,
         f"GRPO from {START}, {size.updates[0]} updates of {size.batch[0]} traces x 8 rollouts at budget "
@@ -315,6 +316,11 @@ def reproduce(args: Args, command: str) -> None:
     made = made_by(command, trained_at=study.commits(), size=study.terms(), minutes=sum(study.times().values()) / 60)
     for path in page(study).write("foresightkv", args.out, made, ship=args.ship):
         wide_console().print(f"page: {path}", soft_wrap=True)
+
+
+def _order(of: Mapping[str, float]) -> str:
+    """Return names by their values, the smallest first."""
+    return " < ".join(sorted(of, key=lambda name: of[name]))
 
 
 def _losses(
