@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -21,10 +21,22 @@ from torch import Tensor
 from agents.checkpoint import module_state, optimizer_state, restore_module, restore_optimizer
 from agents.kvp_scorer import KVPPolicy, KVPScorer
 from agents.learner import Learner, State, check_numbers
+from agents.ranking_losses import expected_cost, pairwise_hinge, regression
 from agents.schedule import follow, warm_cosine
+from agents.soft_rank import soft_rank_loss
 from kvenv import noise, plackett_luce
 from kvenv.rank_env import cost, least_cost
 from kvenv.store import RecordedTrace, TraceStore
+
+Objective = Literal["reinforce", "cost", "regression", "pairwise", "soft-rank"]
+
+TOLD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "cost": expected_cost,
+    "regression": regression,
+    "pairwise": lambda scores, utility, mask: pairwise_hinge(scores, utility, mask, margin=0.1, weighted=False),
+    "soft-rank": soft_rank_loss,
+}
+"""Objectives that are told the utilities, as functions of (scores, utility, mask)."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,10 @@ class KVPConfig:
 
     updates: int = 500
     """Gradient steps."""
+    objective: Objective = "reinforce"
+    """What is learnt from: what drawn rankings are paid (the paper); or from the utilities, as a supervised loss: the
+    cost of drawn rankings in expectation, regression of logarithms, the order of pairs, or soft ranks, which the
+    paper found to fail."""
     batch_size: int = 8
     """Recorded traces in an update, each with a cut of its own."""
     samples: int = 8
@@ -193,37 +209,51 @@ class KVPLearner(Learner):
         return KVPPolicy(self.average, self.name, training, model=model, interval=self.store[0].interval)
 
     def update(self) -> dict[str, float]:
-        """Rank the pairs of a batch of cuts K times, learn from what was better, and return the metrics."""
+        """Rank the pairs of a batch of cuts, learn from what was better, and return the metrics."""
         began = time.perf_counter()
         batch = self.batch(self.done)
         loaded = time.perf_counter()
         scores = self.scorer(batch.keys, batch.values, batch.positions, batch.ages)[0][..., batch.slots]
+        scored = time.perf_counter()
+        learn = self._from_payment if self.config.objective == "reinforce" else self._from_utilities
+        order, loss, metrics = learn(scores, batch)
+        norm = self._step(loss)
+        # As KVRank-v0 pays it, whatever power of the utilities was learnt from.
+        utility = batch.utility.expand(order.shape).gather(-1, order)
+        plain, best = (x ** (1 / self.config.power) for x in (utility, batch.utility))
+        return {
+            "rollout/ep_rew_mean": float((-cost(plain) / least_cost(best)).mean()),
+            "loss/kvp": float(loss.detach()),
+            **metrics,
+            "loss/grad_norm": norm,
+            "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "time/env": loaded - began,
+            "time/policy": scored - loaded,
+            "time/learn": time.perf_counter() - scored,
+        }
+
+    def _from_payment(self, scores: Tensor, batch: Cuts) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Return K rankings drawn by the scores, the loss that what they are paid gives, and metrics."""
         order = self.rank(scores.detach(), batch.mask)
         utility = batch.utility.expand(order.shape).gather(-1, order)
-        least = least_cost(batch.utility)
-        advantage = leave_one_out(returns(utility, least, self.config.credit), self.config.group)
+        advantage = leave_one_out(returns(utility, least_cost(batch.utility), self.config.credit), self.config.group)
         # In units of each agent's own spread.
         spread = advantage.square().mean(dim=(0, 3, 4), keepdim=True).sqrt()
         advantage = advantage / spread.clamp(min=1e-8)
-        ranked = time.perf_counter()
         count = batch.mask.sum(dim=-1)
         mask, picks = batch.mask.expand(order.shape), count.expand(order.shape[:-1])
         logs = plackett_luce.log_prob(scores.expand(order.shape), order, mask, picks, order.shape[-1])
         # Averaged over the picks of a ranking, summed over agents, of which each has its own weights.
         loss = -((advantage * logs).sum(dim=-1) / count).mean(dim=(0, 3)).sum()
-        norm = self._step(loss)
-        # As KVRank-v0 pays it, whatever power of the utilities was learnt from.
-        plain, best = (x ** (1 / self.config.power) for x in (utility, batch.utility))
-        return {
-            "rollout/ep_rew_mean": float((-cost(plain) / least_cost(best)).mean()),
-            "loss/kvp": float(loss.detach()),
-            "loss/entropy": float(-(logs.detach().sum(dim=-1) / count).mean()),
-            "loss/grad_norm": norm,
-            "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
-            "time/env": loaded - began,
-            "time/policy": ranked - loaded,
-            "time/learn": time.perf_counter() - ranked,
-        }
+        entropy = float(-(logs.detach().sum(dim=-1) / count).mean())
+        return order, loss, {"loss/entropy": entropy}
+
+    def _from_utilities(self, scores: Tensor, batch: Cuts) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Return the ranking (1, L, H, N, C) by the scores, a supervised loss, summed over agents, and no metrics."""
+        mask = batch.mask.expand(scores.shape)
+        order = torch.where(mask, scores.detach(), -torch.inf).argsort(dim=-1, descending=True)
+        loss = TOLD[self.config.objective](scores, batch.utility, mask) * math.prod(scores.shape[:2])
+        return order[None], loss, {}
 
     def batch(self, update: int) -> Cuts:
         """Return the batch of an update: traces and cuts drawn alike from seed and update."""
@@ -285,6 +315,8 @@ class KVPLearner(Learner):
             raise ValueError(f"ema {config.ema} is impossible: it must be at least 0 and below 1")
         if not len(self.store):
             raise ValueError("the store has no traces: record some with `kvenv record`")
+        if config.objective not in get_args(Objective):
+            raise ValueError(f"unknown objective {config.objective!r}: known are {', '.join(get_args(Objective))}")
         if config.group not in ("trace", "batch"):
             raise ValueError(f"unknown group {config.group!r}: known are trace, batch")
         if config.credit not in ("ranking", "budget"):

@@ -18,7 +18,7 @@ COMMANDS = {
     "plan": "what memory and time a training would take",
     "train": "train an agent: imitation, kvp, grpo or ppo",
     "report": "compare trainings: a table, and curves by update and by wall clock",
-    "reproduce": "train, measure and judge what kvenv claims of its agents",
+    "reproduce": "train, measure and judge what kvenv claims, or put a paper's figures beside ours",
     "record": "record a trace store, from which kvp learns without the LLM",
     "bench": "measure how fast kvenv is on this machine, beside what it is to be compared with",
     "pretrain": "train the bundled LLM anew",

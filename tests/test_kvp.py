@@ -158,7 +158,15 @@ def test_a_batch_is_scored_as_the_policy_scores_each_trace(store: Path) -> None:
             torch.testing.assert_close(scores[layer, :, row, :cut], alone)
 
 
-@pytest.mark.parametrize("options", [{}, {"credit": "ranking"}, {"group": "batch", "credit": "ranking", "samples": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"credit": "ranking"},
+        {"group": "batch", "credit": "ranking", "samples": 1},
+        *({"objective": name} for name in ("cost", "regression", "pairwise", "soft-rank")),
+    ],
+)
 def test_kvp_learns_to_rank(store: Path, options: dict[str, object]) -> None:
     agent = learner(store, updates=80, batch_size=8, learning_rate=5e-3, **options)
     rewards = [agent.update()["rollout/ep_rew_mean"] for _ in range(80)]
@@ -302,6 +310,7 @@ def test_positions_beyond_training_are_close_to_those_within() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"objective": "rank"}, "unknown objective 'rank': known are reinforce, cost, regression, pairwise, soft-rank"),
         ({"group": "head"}, "unknown group 'head': known are trace, batch"),
         ({"credit": "pick"}, "unknown credit 'pick'"),
         ({"samples": 1}, "nothing to be compared with"),

@@ -12,9 +12,12 @@ import pytest
 
 import agents
 from agents.imitation import ImitationConfig
-from experiments import claims, reproduce, verdicts
-from experiments.claims import Plan, Size, attention_free, heuristics
-from experiments.verdicts import Chosen, Measured
+from experiments import evaluate, reproduce
+from experiments.jobs import Job
+from experiments.reproduce import claims, plan, study, verdicts
+from experiments.reproduce.plan import Plan, Size, attention_free, heuristics
+from experiments.reproduce.study import Contestant
+from experiments.reproduce.verdicts import Chosen, Measured
 from kvenv.evaluation import Row
 
 BUDGETS = (32, 64)
@@ -152,11 +155,11 @@ def test_the_plan_measures_everything_that_is_claimed(tmp_path: Path) -> None:
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
     assert {name for job in jobs for name in job.after} <= set(names)
-    for learner in claims.LEARNERS:
+    for learner in plan.LEARNERS:
         assert {f"{learner}-{seed}" for seed in range(5)} <= set(names)
     assert set(attention_free()) == {"random", "random-prompt", "streaming", "knorm", "keydiff", "lagkv"}
     tested = "-".join(name for name in names if name.startswith("test-"))
-    for name in (*heuristics(), *claims.LEARNERS, "ppo-initial", "kvp-recall", "golden", "golden-expected", "full"):
+    for name in (*heuristics(), *plan.LEARNERS, "ppo-initial", "kvp-recall", "golden", "golden-expected", "full"):
         assert f"-{name}-0" in tested
 
 
@@ -167,14 +170,14 @@ def test_measurements_are_done_once_and_judged_by_seed(tmp_path: Path, monkeypat
         calls.append(list(policies))
         return [[replace(ROW, policy=label) for label in policies]]
 
-    monkeypatch.setattr(claims, "evaluate_policies", evaluated)
-    plan, args = Plan(tmp_path, Size(seeds=(0, 1))), claims.evaluate.Args(traces=("recall",))
+    monkeypatch.setattr(study, "evaluate_policies", evaluated)
+    both, args = Plan(tmp_path, Size(seeds=(0, 1))), evaluate.Args(traces=("recall",))
     for contestants in (["grpo", "random"], ["grpo", "random", "h2o"]):
-        group = [claims.Contestant(name, "random", int(name == "grpo")) for name in contestants]
+        group = [Contestant(name, "random", int(name == "grpo")) for name in contestants]
         paths = [tmp_path / "rows" / f"test-{one.name}-{one.seed}.json" for one in group]
-        claims.measure(args, group, paths, tmp_path / "done")
+        study.measure(args, group, paths, tmp_path / "done")
     assert calls == [["grpo-1", "random-0"], ["h2o-0"]]
-    assert [(row.policy, row.seed) for row in plan.rows("test")] == [("grpo", 1), ("h2o", 0), ("random", 0)]
+    assert [(row.policy, row.seed) for row in both.rows("test")] == [("grpo", 1), ("h2o", 0), ("random", 0)]
     assert {row.policy for row in Plan(tmp_path, Size(seeds=(0,))).rows("test")} == {"h2o", "random"}
 
 
@@ -185,7 +188,7 @@ def test_a_directory_goes_on_with_more_seeds_but_no_other_numbers(
     Plan(tmp_path, Size(seeds=(0, 1), num_traces=64)).begin()
     with pytest.raises(ValueError, match=r"num_traces 200 is not what .* was begun with, 64: choose another --out"):
         Plan(tmp_path, Size()).begin()
-    monkeypatch.setattr(claims, "ImitationConfig", partial(ImitationConfig, power=1.0))
+    monkeypatch.setattr(plan, "ImitationConfig", partial(ImitationConfig, power=1.0))
     with pytest.raises(ValueError, match=r"power 1\.0 is not what .* was begun with, 3\.0"):
         Plan(tmp_path, Size(seeds=(0,), num_traces=64)).begin()
     (tmp_path / "size.json").unlink()
@@ -196,20 +199,19 @@ def test_a_directory_goes_on_with_more_seeds_but_no_other_numbers(
 
 @pytest.mark.slow
 def test_the_command_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "heuristics", lambda: ["random", "keydiff"])
-    monkeypatch.setattr(reproduce, "heuristics", lambda: ["random", "keydiff"])
-    for module in (claims, reproduce):
+    for module in (claims, plan):
+        monkeypatch.setattr(module, "heuristics", lambda: ["random", "keydiff"])
         monkeypatch.setattr(module, "attention_free", lambda: ["random", "keydiff"])
-    monkeypatch.setattr(claims, "FAMILIES", ("recall", "tracking"))
+    monkeypatch.setattr(plan, "FAMILIES", ("recall", "tracking"))
     done: list[str] = []
 
-    def in_this_process(jobs: list[claims.Job], processes: int, times: Path) -> None:
+    def in_this_process(jobs: list[Job], processes: int, times: Path) -> None:
         for job in jobs:
             if not job.result.exists():
                 job.work(*job.arguments)
                 done.append(job.name)
 
-    monkeypatch.setattr(reproduce, "run_jobs", in_this_process)
+    monkeypatch.setattr(study, "run_jobs", in_this_process)
     shipped = tmp_path / "package"
     monkeypatch.setattr(agents, "__file__", str(shipped / "__init__.py"))
     size = [

@@ -7,12 +7,11 @@ defaults are what the committed results were made with; smaller numbers try it o
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 from rich import box
@@ -20,14 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 import agents
-from experiments import verdicts
-from experiments.claims import LEARNERS, MIDDLE, Plan, Size, attention_free, heuristics
-from experiments.cli import run
-from experiments.jobs import read_times, run_jobs
 from experiments.report import load
+from experiments.reproduce import verdicts
+from experiments.reproduce.plan import LEARNERS, MIDDLE, Plan, Size, attention_free, heuristics
+from experiments.reproduce.verdicts import Chosen, Claim, Measured
 from experiments.runs import CONFIG, POLICY, commit, read_config
 from experiments.tables import wide_console
-from experiments.verdicts import Chosen, Claim, Measured
 from kvenv.files import write_atomic
 
 
@@ -35,8 +32,6 @@ from kvenv.files import write_atomic
 class Args:
     """Train, measure and judge what kvenv claims of its agents."""
 
-    what: tyro.conf.Positional[Literal["claims"]]
-    """What to reproduce."""
     out: Path = Path("runs/claims")
     """Directory for trainings, rows, and claims.md, claims.json and learning.png; a second call goes on there."""
     processes: int = 2
@@ -66,12 +61,12 @@ def ship(plan: Plan, made: dict[str, Any]) -> None:
     """Install the first seed's policies in this checkout."""
     for learner in LEARNERS:
         name, seed = f"{learner}-tiny", plan.size.seeds[0]
-        policy: Any = agents.make(plan.run(learner, seed) / POLICY)
+        policy: Any = agents.make(plan.run(f"{learner}-{seed}") / POLICY)
         own = asdict(plan.arguments(learner, seed).learner)
         if own.get("init"):
             own["init"] = "imitation-tiny"
         made_by = {key: made[key] for key in ("command", "date")}
-        made_by["commit"] = read_config(plan.run(learner, seed))["commit"]
+        made_by["commit"] = read_config(plan.run(f"{learner}-{seed}"))["commit"]
         policy.name, policy.training = name, {"learner": learner, **own, **made_by}
         policy.save_pretrained(Path(agents.__file__).parent / "trained" / name)
 
@@ -80,7 +75,7 @@ def learning_curves(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return grpo's and ppo's answer loss on validation traces, by tokens decoded in training and by wall clock."""
     curves: dict[str, Any] = {}
     for learner in ("grpo", "ppo"):
-        for one in load([plan.run(learner, seed) for seed in plan.size.seeds]):
+        for one in load([plan.run(f"{learner}-{seed}") for seed in plan.size.seeds]):
             steps, seconds, values = one.of("eval/answer_loss")
             curves[one.name] = ([step * plan.tokens(learner) / 1e6 for step in steps], seconds, values)
     return {"answer loss on validation traces (nats)": curves}
@@ -142,20 +137,18 @@ def show(claims: Sequence[Claim], console: Console) -> None:
         console.print(table)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    args = tyro.cli(Args, args=argv, prog="kvenv reproduce")
+def reproduce(args: Args, command: str) -> None:
+    """Do what isn't done, and write the page; ``command`` is what it says that it was made with."""
     plan, console = Plan(args.out, args.size), wide_console()
-    plan.begin()
-    run_jobs(plan.jobs(), args.processes, args.out / "times.json")
+    plan.carry_out(args.processes)
     claims = judge(plan)
     made = {
-        "command": " ".join(["python -m experiments.reproduce", *(sys.argv[1:] if argv is None else argv)]),
+        "command": command,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit(),
         "trained_at": plan.commits(),
         "size": asdict(args.size),
-        "minutes": minutes(plan, read_times(args.out / "times.json")),
+        "minutes": minutes(plan, plan.times()),
     }
     # Imported here: matplotlib takes a second, and bad arguments shall not wait for it.
     from experiments.plots import plot_curves
@@ -169,7 +162,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.ship:
         ship(plan, made)
     console.print(f"claims: {args.out / 'claims.md'}\ncurves: {args.out / 'learning.png'}", soft_wrap=True)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -6,9 +6,6 @@ one on short traces for transfer; everything measured on the same test traces, a
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,22 +18,15 @@ from agents.ppo import PPOConfig
 from experiments import evaluate, record
 from experiments.jobs import Job
 from experiments.learners import GRPO, KVP, PPO, DecodingArgs, Imitation, LearnerArgs, PaidArgs, RolloutArgs, RunArgs
-from experiments.results import read_rows, write_rows
-from experiments.runs import CONFIG, POLICY, changed, read_config, to_json
-from experiments.train import train_whole
+from experiments.reproduce.study import FAMILIES, Contestant, Study, record_store, train_job
+from experiments.runs import POLICY, to_json
 from kvenv.evaluation import FULL, Row
-from kvenv.evaluation import evaluate as evaluate_policies
 from kvenv.files import write_atomic
-from kvenv.models import load_model
-from kvenv.traces import load_traces
 
-FAMILIES = ("recall", "tracking", "dialogue", "reasoning")
 LEARNERS = ("imitation", "grpo", "kvp", "ppo")
 EXPECTED = "golden-expected"
 SHORT, LONG = 256, 1024
 """Tokens of the traces that one KVP is trained on, and of those it is tested on."""
-MEASURED_TOGETHER = 3
-"""Policies that a job measures."""
 MIDDLE = 64
 """The budget at which transfer and ppo, which is far behind the other learners, are measured."""
 
@@ -49,28 +39,6 @@ def heuristics() -> list[str]:
 def attention_free() -> list[str]:
     """Return the heuristics that see no attention."""
     return [name for name in heuristics() if agents.make(name).needs <= {"noise"}]
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """Who is measured.
-
-    Attributes
-    ----------
-    name : str
-        What rows call it.
-    policy : str
-        A policy's name, or the directory of a trained one.
-    seed : int
-        Of its training.
-    after : tuple of str
-        Jobs that make it.
-    """
-
-    name: str
-    policy: str
-    seed: int = 0
-    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,44 +78,20 @@ class Size:
     updates: tuple[int, int, int, int] = (96, 60, 500, 40)
 
 
-class Plan:
+class Plan(Study):
     """All jobs of the claims, and the rows that they wrote.
 
     Parameters
     ----------
     out : Path
-        Where everything is: ``runs/``, ``stores/``, ``rows/``, ``done/`` and ``times.json``.
+        Where everything is.
     size : Size
         How much.
     """
 
     def __init__(self, out: Path, size: Size) -> None:
-        self.out, self.size = out, size
-
-    def begin(self) -> None:
-        """Write down how much is trained and measured, so that a second call goes on with it, or with more seeds.
-
-        Raises
-        ------
-        ValueError
-            If the directory holds what was trained or measured with other numbers or hyper-parameters.
-        """
-        path, terms = self.out / "size.json", self._terms()
-        if not path.exists() and (self.out / "done").exists():
-            raise ValueError(f"{self.out} holds results of unknown size: choose another --out")
-        begun = json.loads(path.read_text()) if path.exists() else terms
-        for name, (was, now) in changed(begun, terms).items():
-            if name != "seeds":
-                raise ValueError(f"{name} {now} is not what {self.out} was begun with, {was}: choose another --out")
-        write_atomic(path, json.dumps(terms, indent=1) + "\n")
-
-    def commits(self) -> list[str]:
-        """Return the commits that the trainings were begun at."""
-        return sorted({str(read_config(path.parent)["commit"]) for path in (self.out / "runs").glob(f"*/{CONFIG}")})
-
-    def run(self, learner: str, seed: int) -> Path:
-        """Return the directory of a training."""
-        return self.out / "runs" / f"{learner}-{seed}"
+        super().__init__(out)
+        self.size = size
 
     def jobs(self) -> list[Job]:
         """Return all jobs; what others wait for comes first."""
@@ -159,11 +103,9 @@ class Plan:
         return [*stores, *trained, *self._initial(), *self._measurements()]
 
     def rows(self, split: str) -> list[Row]:
-        """Return what was measured on a split's traces; a row's seed is that of the training."""
-        paths = sorted((self.out / "rows").glob(f"{split}-*.json"))
-        rows = [row for path in paths for row in read_rows(path)]
+        """Return what was measured on a split's traces, of no other seeds than it is about."""
         seeded = (*LEARNERS, "ppo-initial")
-        return [row for row in rows if row.policy not in seeded or row.seed in self.size.seeds]
+        return [row for row in super().rows(split) if row.policy not in seeded or row.seed in self.size.seeds]
 
     def tokens(self, learner: str) -> int:
         """Return how many tokens an update of grpo or ppo decodes."""
@@ -175,12 +117,12 @@ class Plan:
         """Return the arguments of a training."""
         size = self.size
         imitation, grpo, kvp, ppo = size.updates
-        kept: dict[str, Any] = {"eval_budgets": size.budgets, "out": self.run(learner, seed)}
+        kept: dict[str, Any] = {"eval_budgets": size.budgets, "out": self.run(f"{learner}-{seed}")}
         if learner == "imitation":
             own = ImitationConfig(updates=imitation, budgets=size.trained_budgets, seed=seed)
             return Imitation(RolloutArgs(), own, RunArgs(eval_every=max(1, imitation // 5), save_every=10, **kept))
         if learner == "grpo":
-            start = str(self.run("imitation", seed) / POLICY)
+            start = str(self.run(f"imitation-{seed}") / POLICY)
             config = GRPOConfig(updates=grpo, budgets=size.trained_budgets, init=start, seed=seed)
             return GRPO(RolloutArgs(), config, RunArgs(eval_every=max(1, grpo // 10), save_every=10, **kept))
         if learner == "kvp":
@@ -190,7 +132,7 @@ class Plan:
         run = RunArgs(eval_every=max(1, ppo // 10), save_every=10, **kept)
         return PPO(PaidArgs(budget=max(size.trained_budgets)), learner_ppo, run)
 
-    def _terms(self) -> dict[str, Any]:
+    def terms(self) -> dict[str, Any]:
         """Return the numbers and hyper-parameters that everything is trained and measured with."""
         terms: dict[str, Any] = to_json(self.size)
         for learner in LEARNERS:
@@ -203,24 +145,24 @@ class Plan:
     def _store(self, name: str, traces: str, length: int = 512) -> Job:
         count = self.size.store_traces if name in ("all", "short") else self.size.store_traces // 2
         args = record.Args(out=self.out / "stores" / name, traces=traces, num_traces=count, trace_length=length)
-        return self._job(f"store-{name}", record_store, args)
+        return self.job(f"store-{name}", record_store, args)
 
     def _training(self, learner: str, seed: int) -> Job:
         after = {"grpo": (f"imitation-{seed}",), "kvp": ("store-all",)}.get(learner, ())
-        return self._job(f"{learner}-{seed}", train_job, self.arguments(learner, seed), after=after)
+        return self.job(f"{learner}-{seed}", train_job, self.arguments(learner, seed), after=after)
 
     def _transfer(self, name: str) -> Job:
         """Return the training, half as long, of a KVP that sees one family only, or short traces only."""
         args: Any = self.arguments("kvp", self.size.seeds[0])
-        run = replace(args.run, out=self.out / "runs" / f"kvp-{name}", eval_every=0)
+        run = replace(args.run, out=self.run(f"kvp-{name}"), eval_every=0)
         fewer = replace(args.learner, updates=max(1, args.learner.updates // 2))
         args = replace(args, store=self.out / "stores" / name, run=run, learner=fewer)
-        return self._job(f"kvp-{name}", train_job, args, after=(f"store-{name}",))
+        return self.job(f"kvp-{name}", train_job, args, after=(f"store-{name}",))
 
     def _initial(self) -> list[Job]:
         """Return the jobs that save what PPO starts from."""
         return [
-            self._job(f"ppo-initial-{seed}", save_initial, self.arguments("ppo", seed), self.run("ppo-initial", seed))
+            self.job(f"ppo-initial-{seed}", save_initial, self.arguments("ppo", seed), self.run(f"ppo-initial-{seed}"))
             for seed in self.size.seeds
         ]
 
@@ -233,89 +175,27 @@ class Plan:
         middle = replace(test, budgets=(MIDDLE,), score_from=largest + test.interval)
         far = replace(middle, trace_length=LONG, num_traces=size.long_traces)
         trained = {
-            learner: [
-                Contestant(learner, str(self.run(learner, seed) / POLICY), seed, (f"{learner}-{seed}",))
-                for seed in size.seeds
-            ]
-            for learner in LEARNERS
+            learner: [self.trained(learner, f"{learner}-{seed}", seed) for seed in size.seeds] for learner in LEARNERS
         }
         initial = [
-            Contestant("ppo-initial", str(self.run("ppo-initial", seed)), seed, (f"ppo-initial-{seed}",))
+            Contestant("ppo-initial", str(self.run(f"ppo-initial-{seed}")), seed, (f"ppo-initial-{seed}",))
             for seed in size.seeds
         ]
-        transferred = {
-            name: Contestant(f"kvp-{name}", str(self.out / "runs" / f"kvp-{name}" / POLICY), 0, (f"kvp-{name}",))
-            for name in (*FAMILIES, "short")
-        }
+        transferred = {name: self.trained(f"kvp-{name}", f"kvp-{name}") for name in (*FAMILIES, "short")}
         untrained = [Contestant(name, name) for name in (*heuristics(), "golden", FULL)]
         learned = [one for learner in LEARNERS if learner != "ppo" for one in trained[learner]]
         free = [one for one in untrained if one.name in (*attention_free(), "golden", FULL)]
         return [
-            *self._measurement("test", expected, [Contestant(EXPECTED, EXPECTED)]),
-            *self._measurement("validation", validation, [*learned, *untrained]),
-            *self._measurement("test", test, [*learned, *untrained]),
-            *self._measurement("test", middle, [*trained["ppo"], *initial, *transferred.values()]),
-            *self._measurement("long", far, [trained["kvp"][0], transferred["short"], *free]),
+            *self.measurement("test", expected, [Contestant(EXPECTED, EXPECTED)]),
+            *self.measurement("validation", validation, [*learned, *untrained]),
+            *self.measurement("test", test, [*learned, *untrained]),
+            *self.measurement("test", middle, [*trained["ppo"], *initial, *transferred.values()]),
+            *self.measurement("long", far, [trained["kvp"][0], transferred["short"], *free]),
         ]
-
-    def _measurement(self, where: str, args: evaluate.Args, contestants: Sequence[Contestant]) -> list[Job]:
-        """Return jobs that measure some contestants each: what they share, the full cache and golden, is done once."""
-        jobs = []
-        for start in range(0, len(contestants), MEASURED_TOGETHER):
-            group = contestants[start : start + MEASURED_TOGETHER]
-            paths = [self.out / "rows" / f"{where}-{one.name}-{one.seed}.json" for one in group]
-            name = "-".join([where, *(f"{one.name}-{one.seed}" for one in group)])
-            after = tuple(dict.fromkeys(need for one in group for need in one.after))
-            jobs.append(self._job(name, measure, args, group, paths, after=after))
-        return jobs
-
-    def _job(self, name: str, work: Callable[..., None], *arguments: object, after: tuple[str, ...] = ()) -> Job:
-        result = self.out / "done" / name
-        return Job(name, work, (*arguments, result), result, after)
-
-
-def record_store(args: record.Args, result: Path) -> None:
-    """Record a trace store, or what it lacks."""
-    record.record_store(args)
-    write_atomic(result, "")
-
-
-def train_job(args: LearnerArgs, result: Path) -> None:
-    """Train, or go on where a training was interrupted."""
-    train_whole(args)
-    write_atomic(result, "")
 
 
 def save_initial(args: LearnerArgs, directory: Path, result: Path) -> None:
     """Save the policy that a training starts from."""
     policy: Any = args.build().policy
     policy.save_pretrained(directory)
-    write_atomic(result, "")
-
-
-def measure(args: evaluate.Args, contestants: Sequence[Contestant], paths: Sequence[Path], result: Path) -> None:
-    """Evaluate on all families those who aren't yet, and write their rows under their names and trainings' seeds."""
-    todo = {f"{one.name}-{one.seed}": (one, path) for one, path in zip(contestants, paths) if not path.exists()}
-    loaded = load_model(args.model)
-    policies = {
-        label: next(iter(evaluate.make_policies((one.policy,), args.device).values()))
-        for label, (one, _) in todo.items()
-    }
-    rows: dict[str, list[Row]] = {label: [] for label in todo}
-    for family in args.traces if todo else ():
-        source = load_traces(family, split=args.split, tokenizer=loaded.tokenizer, trace_length=args.trace_length)
-        batches = evaluate_policies(
-            policies,
-            source,
-            range(args.num_traces),
-            model=loaded.model,
-            budgets=args.budgets,
-            score_from=args.score_from,
-            batch_size=args.batch_size,
-        )
-        for row in itertools.chain.from_iterable(batches):
-            one, _ = todo[row.policy]
-            rows[row.policy].append(replace(row, policy=one.name, seed=one.seed))
-    for label, (_, path) in todo.items():
-        write_rows(rows[label], path)
     write_atomic(result, "")

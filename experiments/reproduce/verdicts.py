@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claims import LONG, SHORT
 from experiments.comparison import (
     NO_WORSE_LOSS,
     RESAMPLES,
@@ -24,6 +23,7 @@ from experiments.comparison import (
     no_worse,
     weights,
 )
+from experiments.reproduce.plan import LONG, SHORT
 from kvenv.evaluation import FULL
 
 WITHIN = 0.1
