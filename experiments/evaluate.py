@@ -16,7 +16,7 @@ import agents
 from experiments.progress import track
 from experiments.results import ANSWERS, RESULTS, Results, digest
 from experiments.tables import report, wide_console
-from kvenv.answering import Answer, Decoding, answer, answerable
+from kvenv.answering import Answer, Decoding, answer, answerable, check_sampling
 from kvenv.evaluation import FULL, Row, evaluate
 from kvenv.identity import fingerprint
 from kvenv.layerwise import Policy
@@ -62,10 +62,11 @@ class Args:
     interval: int = 16
     """Tokens decoded between two evictions."""
     schedule: Literal["periodic", "prefill"] | None = None
-    """Evict periodically, or once, at the end of the prompt; if not given, as the task's paper does: prefill for ruler
-    and zeroshot, else periodic."""
-    question: Literal["included", "held-out"] = "included"
-    """Whether the one eviction of the schedule prefill sees the question, or only what comes before it."""
+    """Evict periodically, or once, at the end of the prompt; if not given, as the task's paper does: periodic for
+    reasoning, entropy and traces, else prefill."""
+    question: Literal["included", "held-out"] | None = None
+    """Whether the one eviction of the schedule prefill sees the question, or only what comes before it; if not given,
+    as the task's paper does: held out of zeroshot/boolq and zeroshot/gov_report, else included."""
     temperature: float = 0.0
     """Of sampled answers; 0 takes the likeliest token."""
     top_p: float = 1.0
@@ -95,9 +96,10 @@ class Args:
             recent = self.interval if schedule == "periodic" else EVICTED_ONCE_RECENT
         return Protection(self.sinks, recent, self.protect_prompt)
 
-    def decoding(self, schedule: str) -> Decoding:
-        """Return how answers are decoded under a schedule."""
-        held_out = self.question == "held-out"
+    def decoding(self, task: Task) -> Decoding:
+        """Return how a task's answers are decoded."""
+        schedule = self.schedule or task.schedule
+        held_out = task.held_out and schedule == "prefill" if self.question is None else self.question == "held-out"
         return Decoding(self.interval, schedule, self.protection(schedule), held_out, self.temperature, self.top_p)
 
 
@@ -161,8 +163,12 @@ def _measure_task(
     """Measure what is missing of a task."""
     if task.note:
         print(f"{task.name}: {task.note}", file=sys.stderr)
+    side_by_side = args.batch_size
     if not isinstance(task, TraceTask):
-        policies = _answering(policies, task.name)
+        policies, decoding = _answering(policies, task.name), args.decoding(task)
+        side_by_side = decoding.side_by_side(task, args.batch_size)
+        if decoding.decided_before(task):
+            print(f"{task.name}: every option is one token, told before anything is evicted", file=sys.stderr)
     a_batch = len(args.budgets) * len(policies)
     ids = results.missing(task.name, ids, a_batch * len(args.seeds))
     if not ids:
@@ -172,7 +178,7 @@ def _measure_task(
         if isinstance(task, TraceTask)
         else _of_answers(args, task, ids, policies, loaded)
     )
-    measured = track(cells, f"evaluating on {task.name}", total=a_batch * -(-len(ids) // args.batch_size))
+    measured = track(cells, f"evaluating on {task.name}", total=a_batch * -(-len(ids) // side_by_side))
     # Taken in only when all policies ran on the same traces: what a killed run leaves can be compared, too.
     while batch := [row for cell in itertools.islice(measured, a_batch) for row in cell]:
         results.add(batch)
@@ -215,7 +221,7 @@ def _of_answers(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
         budgets=args.budgets,
-        decoding=args.decoding(args.schedule or task.schedule),
+        decoding=args.decoding(task),
         seeds=args.seeds,
         split=args.split,
         batch_size=args.batch_size,
@@ -237,7 +243,7 @@ def _ids(args: Args, task: Task, model: PreTrainedModel) -> Sequence[int]:
     if not ids:
         raise ValueError(f"task {task.name!r} has {size} examples: --first-trace {args.first_trace} is beyond")
     if not isinstance(task, TraceTask):
-        args.decoding(args.schedule or task.schedule).check(task.examples[ids[0]], model)
+        args.decoding(task).check(task.examples[ids[0]], model)
     return ids
 
 
@@ -276,7 +282,8 @@ def _check(args: Args) -> None:
         raise ValueError(
             f"score_from {args.score_from} is below the largest budget plus interval: choose {least} or more"
         )
-    args.decoding(args.schedule or "prefill")
+    check_sampling(args.temperature, args.top_p)
+    args.protection(args.schedule or "periodic")
 
 
 def _traces(args: Args, name: str, tokenizer: Any) -> TraceTask:
@@ -301,6 +308,7 @@ def _setting(args: Args, tokenizer: Any) -> TaskSetting:
         split=args.split,
         data=args.task_data,
         chat=args.chat,
+        schedule=args.schedule,
     )
 
 

@@ -15,7 +15,9 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel, TextStrea
 
 from experiments.cli import run
 from experiments.evaluate import make_policies
+from kvenv.answering import check_sampling
 from kvenv.generation import EvictingCache
+from kvenv.identity import cache_shape
 from kvenv.models import LoadedModel, load_model
 from kvenv.state import Protection
 from kvenv.tasks.prompt import Framer
@@ -74,12 +76,10 @@ class Args:
         ValueError
             If a number is impossible.
         """
-        if self.temperature is not None and self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is impossible: it must be at least 0")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} is impossible: it must be a share above 0 of at most 1")
+        check_sampling(self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p)
         if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            plain = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | plain
         given = {"temperature": self.temperature, "top_p": self.top_p}
         told = {name: value for name, value in given.items() if value is not None}
         return told | ({"do_sample": True} if told else {})
@@ -118,9 +118,10 @@ def encode(args: Args, loaded: LoadedModel) -> Tensor:
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"model {loaded.name!r} was registered without a tokenizer: text needs one")
-    ids = list(Framer(tokenizer, args.chat).frame(text, "", thinking=True)[0])
-    if tokenizer.unk_token_id in ids:
-        unknown = [word for word in text.split() if tokenizer.unk_token_id in tokenizer.encode(word)]
+    framer = Framer(tokenizer, args.chat)
+    ids = list(framer.frame(text, "", thinking=True)[0])
+    if tokenizer.unk_token_id in framer.encode(text):
+        unknown = [word for word in text.split() if tokenizer.unk_token_id in framer.encode(word)]
         raise ValueError(
             f"the tokenizer of model {loaded.name!r} doesn't know {' '.join(unknown[:5])!r}: say it otherwise"
         )
@@ -184,10 +185,9 @@ def report(
     model: PreTrainedModel, times: Sequence[float], prompt: int, tokens: int, cache: EvictingCache | None
 ) -> str:
     """Return what generating took: tokens per second, and the memory of the cache beside the full one's."""
-    config = model.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers, heads, _, head_dim = cache_shape(model)
     # The last token is never fed.
-    full = 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize * (tokens - 1)
+    full = 2 * layers * heads * head_dim * model.dtype.itemsize * (tokens - 1)
     new, seconds = tokens - prompt, times[-1] - times[1]
     rate = f", {(new - 1) / seconds:.1f} tokens/s" if new > 1 else ""
     first = f"{new} tokens{rate}; the first after {times[1] - times[0]:.2f} s and a prompt of {prompt}"

@@ -5,17 +5,27 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from kvenv import noise
 from kvenv.decode import full_cache_losses
 from kvenv.evaluation import Row, check_cells, kept_fraction
 from kvenv.generation import EvictingCache
+from kvenv.identity import check_policy
 from kvenv.layerwise import Policy, rollout
 from kvenv.models import check_positions
 from kvenv.state import Protection
@@ -56,15 +66,21 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.held_out and self.schedule != "prefill":
             raise ValueError(f"questions can be held out of schedule 'prefill' only, not of {self.schedule!r}")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"temperature {self.temperature} and top_p {self.top_p} are impossible: choose at least 0, and a share "
-                "above 0 of at most 1"
-            )
+        check_sampling(self.temperature, self.top_p)
 
     def evicted_from(self, example: Question | Choice) -> int:
         """Return how many tokens come before the one eviction of the schedule ``prefill``."""
         return len(example.context) + (0 if self.held_out else len(example.question))
+
+    def side_by_side(self, task: QuestionTask | ChoiceTask, batch_size: int) -> int:
+        """Return how many examples are decoded side by side: a question that is held out is generated for alone."""
+        return 1 if self.held_out and isinstance(task, QuestionTask) else batch_size
+
+    def decided_before(self, task: QuestionTask | ChoiceTask) -> bool:
+        """Return whether a task's first choice is made before the one eviction, so that all policies are the same."""
+        if not isinstance(task, ChoiceTask) or self.schedule != "prefill" or self.held_out:
+            return False
+        return all(len(option) == 1 for option in task.examples[0].options)
 
     def check(self, example: Question | Choice, model: PreTrainedModel) -> None:
         """Refuse an example that can't be asked.
@@ -79,6 +95,46 @@ class Decoding:
         most = example.max_new_tokens if isinstance(example, Question) else max(map(len, example.options))
         length = len(example.context) + len(example.question) + most
         check_positions(model, length, type(model).__name__, f"{example.name}: the length with its answer,")
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Refuse numbers that nothing can be sampled by.
+
+    Raises
+    ------
+    ValueError
+        If the temperature is below 0, or ``top_p`` no share above 0.
+    """
+    if not temperature >= 0:
+        raise ValueError(f"temperature {temperature} is impossible: it must be at least 0")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} is impossible: it must be a share above 0 of at most 1")
+
+
+class Sampling(LogitsProcessor):
+    """Lets the likeliest token be a sample, of which seed, example and place alone decide: no other row, no batch size.
+
+    Parameters
+    ----------
+    seed : int
+        Of the noise.
+    examples : sequence of int
+        Number of each row's example.
+    temperature, top_p : float
+        As in :class:`Decoding`.
+    """
+
+    def __init__(self, seed: int, examples: Sequence[int], temperature: float, top_p: float) -> None:
+        self.seed, self.examples, self.place = seed, torch.as_tensor(examples), 0
+        self._temperature, self._top_p = TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Return logits (N, V) with Gumbel noise (Gumbel-max)."""
+        logits = self._top_p(input_ids, self._temperature(input_ids, scores.float()))
+        token = torch.arange(logits.shape[-1], device=logits.device)
+        drawn = noise.uniform(self.seed, self.examples.to(logits.device)[:, None], self.place, token)
+        self.place += 1
+        return logits - (-drawn.log()).log()
 
 
 @dataclass(frozen=True)
@@ -155,7 +211,10 @@ def answer(
     for name, policy in policies.items():
         if policy is not None and not answerable(policy):
             raise ValueError(f"policy {name!r} knows the future, and answers have none before they are given")
-    size = 1 if decoding.held_out and isinstance(task, QuestionTask) else batch_size
+        check_policy(policy, model)
+    for budget in budgets:
+        decoding.protection.check(budget)
+    size = decoding.side_by_side(task, batch_size)
     for start in range(0, len(ids), size):
         batch = _batch(task, ids[start : start + size], model, tokenizer, decoding)
         full = batch.runs(None, 0, seeds) if None in policies.values() else []
@@ -290,20 +349,15 @@ class _Questions(_Batch[Question]):
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         if cache is not None and self.decoding.held_out:
             self.model(input_ids=ids[:, : len(self.examples[0].context)], past_key_values=cache, logits_to_keep=1)
-        sampled, generate = self.decoding.temperature > 0, cast(Any, self.model.generate)
-        with torch.random.fork_rng():
-            torch.manual_seed(int(np.random.SeedSequence([seed, self.ids[0]]).generate_state(1)[0]))
-            out = generate(
+        decoding = self.decoding
+        sampling = [Sampling(seed, self.ids, decoding.temperature, decoding.top_p)] if decoding.temperature > 0 else []
+        with _own_settings(self.model, pad):
+            out = cast(Any, self.model.generate)(
                 input_ids=ids,
                 attention_mask=mask,
                 past_key_values=cache,
                 max_new_tokens=max(question.max_new_tokens for question in self.examples),
-                do_sample=sampled,
-                num_beams=1,
-                temperature=self.decoding.temperature if sampled else None,
-                top_p=self.decoding.top_p if sampled else None,
-                top_k=0 if sampled else None,
-                pad_token_id=pad,
+                logits_processor=LogitsProcessorList(sampling),
             )
         return out[:, width:].tolist()
 
@@ -311,6 +365,17 @@ class _Questions(_Batch[Question]):
         """Return the tokens that end an answer."""
         eos = self.model.generation_config.eos_token_id
         return set(eos) if isinstance(eos, list) else {eos}
+
+
+@contextmanager
+def _own_settings(model: Any, pad: int) -> Iterator[None]:
+    """Let a model generate greedily, whatever penalties and sampling its own settings have; only its ends stay."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=before.eos_token_id, pad_token_id=pad, do_sample=False)
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 class _Choices(_Batch[Choice]):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import agents
-from kvenv.answering import Answer, Decoding, answer
+from kvenv.answering import Answer, Decoding, Sampling, answer
 from kvenv.layerwise import rollout
 from kvenv.state import Protection
 from kvenv.tasks import Choice, ChoiceTask, Question, QuestionTask
@@ -186,6 +186,64 @@ def test_seeds_draw_noise_and_samples() -> None:
     greedy = run(["random", "streaming"], questions(), decoding(), seeds=(0, 1, 2))
     assert len({told.text for told in greedy if told.row.policy == "streaming"}) == 3
     assert len({told.text for told in greedy if told.row.policy == "random"}) > 3
+
+
+def test_samples_depend_neither_on_the_batch_nor_on_the_order() -> None:
+    task, terms = questions(), decoding(temperature=1.0, top_p=0.9)
+    together = {told.example: told.text for told in run(["full"], task, terms)}
+    alone = {told.example: told.text for told in run(["full"], task, terms, batch_size=1)}
+    turned = dataclasses.replace(task, examples=task.examples[:1])
+    assert together == alone
+    assert run(["full"], turned, terms)[0].text == together["q/0"]
+
+
+def test_samples_follow_the_probabilities() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -3.0]])
+    temperature, top_p, count = 0.7, 0.9, 4000
+    scaled = torch.softmax(logits[0] / temperature, dim=0)
+    kept = torch.tensor([False, True, True, False])  # the fewest likeliest tokens that make 0.9
+    assert scaled[kept].sum() >= top_p > scaled[2]
+    expected = torch.where(kept, scaled, 0.0) / scaled[kept].sum()
+    sampler = Sampling(0, range(count), temperature, top_p)
+    drawn = sampler(None, logits.expand(count, -1)).argmax(dim=1).bincount(minlength=4) / count
+    torch.testing.assert_close(drawn, expected, atol=0.03, rtol=0)
+    again = sampler(None, logits.expand(count, -1)).argmax(dim=1)
+    assert (again != Sampling(0, range(count), temperature, top_p)(None, logits.expand(count, -1)).argmax(dim=1)).any()
+
+
+@pytest.mark.parametrize("setting", [{"repetition_penalty": 5.0}, {"do_sample": True, "temperature": 9.0}])
+def test_a_models_own_settings_change_no_answer(setting: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [told.text for told in run(["full", "streaming"], questions(), decoding())]
+    own = kvenv_model().generation_config
+    for name, value in setting.items():
+        monkeypatch.setattr(own, name, value)
+    assert [told.text for told in run(["full", "streaming"], questions(), decoding())] == expected
+    assert kvenv_model().generation_config is own
+
+
+@pytest.mark.parametrize(
+    ("policies", "budgets", "message"),
+    [(["full", "kvp-tiny"], (12,), "architecture"), (["full", "streaming"], (4,), "budget 4 is less than the 5")],
+)
+def test_what_cannot_be_is_refused_before_anything_is_generated(
+    policies: list[str], budgets: tuple[int, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(kvenv_model()), "generate", lambda *args, **options: pytest.fail("it generated"))
+    with pytest.raises(ValueError, match=message):
+        run(policies, questions(), decoding(), budgets=budgets)
+
+
+def test_one_token_options_are_told_before_anything_is_evicted() -> None:
+    task = choices()
+    short = [dataclasses.replace(one, options=((3,), (6,), (7,)), lengths=(1, 1, 1)) for one in task.examples]
+    single = dataclasses.replace(task, examples=short)
+    assert decoding().decided_before(single)
+    losses = {told.row.answer_loss for told in run(["full", "streaming", "knorm"], single, decoding())}
+    assert len({round(loss, 9) for loss in losses if loss is not None}) == len(task.examples)
+    assert not decoding(held_out=True).decided_before(single)
+    assert not decoding("periodic").decided_before(single)
+    assert not decoding().decided_before(task)
+    assert not decoding().decided_before(questions())
 
 
 def test_sampling_leaves_the_callers_generator_alone() -> None:

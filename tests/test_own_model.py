@@ -154,3 +154,27 @@ def test_what_cannot_be_generated_is_said(options: list[str], message: str, dire
 def test_a_word_that_the_tokenizer_does_not_know_is_named() -> None:
     with pytest.raises(ValueError, match="the tokenizer of model 'tiny' doesn't know 'é'"):
         generate.main(["the stone é"])
+
+
+def test_a_tokenizer_whose_unknown_token_begins_a_text_knows_its_words(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.unk_token = tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.chat_template = None
+    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generate.main([TEXT, "--model", str(tmp_path), "--max-new-tokens", "3", "--policy", "full"])
+    assert "and a prompt of" in capsys.readouterr().err
+
+
+def test_thoughts_and_texts_have_a_prompt_where_it_is_asked_for(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(f"{TEXT} " * 40)
+    evaluate.main([
+        "--model", str(directory), "--policies", "full", "keydiff", "--budgets", str(BUDGET), "--tasks", "entropy/text",
+        "--task-data", str(tmp_path), "--trace-length", "200", "--num-traces", "2", "--schedule", "prefill",
+        "--out", str(tmp_path / "out"),
+    ])  # fmt: skip
+    rows = read_rows(tmp_path / "out" / "results.json")
+    assert {(row.schedule, row.score_from) for row in rows} == {("prefill", 100)}
+    assert all((row.kept_fraction == 1) == (row.policy == "full") for row in rows)

@@ -472,3 +472,17 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n")
     with pytest.raises(ValueError, match="need a tokenizer with a chat template"):
         load_traces(str(tmp_path / "chat.jsonl"), tokenizer=TOKENIZER, trace_length=400)
+
+
+def test_a_template_that_hides_thoughts_is_told_them(tmp_path: Path) -> None:
+    tokenizer = local_model.byte_level_tokenizer()
+    # As DeepSeek's: what was thought isn't told again, and an answer is made to begin with thinking.
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|{{ message.role }}|>{{ message.content.split('</think>')[-1] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    )
+    messages = [MESSAGES[0], {"role": "assistant", "content": "<think>\nwell</think>7"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    trace = load_traces(str(tmp_path / "chat.jsonl"), tokenizer=tokenizer, trace_length=400)[0]
+    assert tokenizer.decode(trace.tokens) == "<|user|>What is 3 + 4?<|assistant|><think>\nwell</think>7<|end|>"
+    assert tokenizer.decode(trace.tokens[trace.prompt_length :]) == "well</think>7<|end|>"

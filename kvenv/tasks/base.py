@@ -107,6 +107,8 @@ class _Task:
         What rows and tables call it, e.g. ``"ruler/vt"``.
     schedule : str
         How the paper that it is taken from evicts: ``"prefill"``, once behind the prompt, or ``"periodic"``.
+    held_out : bool
+        Whether the paper shows the question only after the one eviction.
     note : str
         What a reader of its scores must know, e.g. that it stands in for another one.
     missing : str
@@ -115,6 +117,7 @@ class _Task:
 
     name: str
     schedule: str
+    held_out: bool = field(default=False, kw_only=True)
     note: str = field(default="", kw_only=True)
     missing: str = field(default="", kw_only=True)
 
@@ -170,6 +173,8 @@ class TaskSetting:
         Directory of files that are read instead of what the ``datasets`` package would download.
     chat : bool
         Whether prompts are put into the tokenizer's chat template, if it has one.
+    schedule : str or None
+        How is evicted, if not as the tasks' papers do: traces need a prompt under ``"prefill"``.
 
     Raises
     ------
@@ -183,6 +188,7 @@ class TaskSetting:
     split: str = "test"
     data: Path | None = None
     chat: bool = True
+    schedule: str | None = None
 
     def __post_init__(self) -> None:
         if self.tokenizer is None:

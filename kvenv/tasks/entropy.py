@@ -12,14 +12,15 @@ from kvenv.tasks.texts import LazySource, text_source
 from kvenv.traces.source import Trace
 from kvenv.traces.user import read_jsonl
 
-FILE, SCHEDULE = "traces.jsonl", "periodic"
+FILE = "traces.jsonl"
 
 
 def build(setting: TaskSetting) -> list[TraceTask]:
     """Return the task; its data are read when its traces are asked for."""
+    schedule = setting.schedule or "periodic"
     path = setting.data / FILE if setting.data else None
     if path is None or not path.exists():
-        return [TraceTask("entropy/text", SCHEDULE, source=text_source(setting, SCHEDULE), entropy=True)]
+        return [TraceTask("entropy/text", schedule, source=text_source(setting, schedule), entropy=True)]
 
     def read() -> list[Trace]:
         source = read_jsonl(
@@ -27,8 +28,8 @@ def build(setting: TaskSetting) -> list[TraceTask]:
             split=setting.split,
             tokenizer=setting.tokenizer,
             trace_length=setting.length,
-            schedule=SCHEDULE,
+            schedule=schedule,
         )
         return source.traces[: setting.num_examples]
 
-    return [TraceTask("entropy/traces", SCHEDULE, source=LazySource(str(path), setting.split, read), entropy=True)]
+    return [TraceTask("entropy/traces", schedule, source=LazySource(str(path), setting.split, read), entropy=True)]

@@ -96,6 +96,7 @@ def _source(family: str, schedule: str, setting: TaskSetting) -> FamilySource:
 
 
 def _traces(benchmark: str, family: str, schedule: str, setting: TaskSetting, entropy: bool = False) -> TraceTask:
+    schedule = setting.schedule or schedule
     source, note = _source(family, schedule, setting), _note(benchmark, family)
     return TraceTask(f"{benchmark}/{family}", schedule, source, entropy, note=note)
 

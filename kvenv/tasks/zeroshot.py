@@ -3,8 +3,8 @@
 BoolQ, ARC, HellaSwag and MMLU are those of lm-evaluation-harness without examples in the prompt: its prompts, its
 choices, each with a space in front, on the split that it evaluates; no chat template, which it uses on request only.
 KVP reports accuracy of all but HellaSwag, whose log-likelihoods are divided by the characters of the endings (the
-harness's ``acc_norm``). What may be held out is BoolQ's question, as in KVP; of the others it is the last word or two
-of the prompt. A prompt that is too long is cut from the left, as in the harness.
+harness's ``acc_norm``). BoolQ's question is held out, as in KVP; of the others only the last word or two of the prompt
+could be. A prompt that is too long is cut from the left, as in the harness.
 
 Files have the names of the tasks, such as ``boolq.jsonl``, and the fields of the data sets on the Hugging Face hub.
 """
@@ -57,7 +57,7 @@ def _task(name: str, setting: TaskSetting) -> ChoiceTask:
     data_set = _DATA_SETS[name]
     framer = Framer(setting.tokenizer, chat=False)
     choices = Records(data_set.source, setting).examples(partial(_choice, name, framer, setting.length))
-    return ChoiceTask(f"zeroshot/{name}", "prefill", choices)
+    return ChoiceTask(f"zeroshot/{name}", "prefill", choices, held_out=name == "boolq")
 
 
 def _choice(name: str, framer: Framer, length: int, number: int, record: Record) -> Choice:

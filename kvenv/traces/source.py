@@ -92,8 +92,8 @@ class Encoder:
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase or None
         Byte-level tokenizers get a space before every word but the first, as they saw in running text; tokenizers that
-        mark word starts themselves get none. ``start`` is the tokenizer's BOS token, if it has one. Without a tokenizer
-        text is refused with a ValueError.
+        mark word starts themselves get none. ``start`` is the tokenizer's BOS token, if it has one, ``end`` the text of
+        its EOS token. Without a tokenizer text is refused with a ValueError.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -104,6 +104,7 @@ class Encoder:
         self._first: dict[str, list[int]] = {}
         bos = getattr(tokenizer, "bos_token_id", None)
         self.start: list[int] = [] if bos is None else [bos]
+        self.end: str = getattr(tokenizer, "eos_token", None) or ""
 
     def _encode(self, text: str) -> list[int]:
         if self._tokenizer is None:

@@ -241,8 +241,12 @@ def _conversation(messages: Any, encoder: Encoder, place: str) -> tuple[str, str
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"{place}: the last message must be the assistant's, not the {messages[-1]['role']}'s")
     prompt, whole = encoder.chat(messages[:-1], answered=False), encoder.chat(messages, answered=True)
-    # Some templates begin an answer otherwise than they tell one.
-    return prompt, whole[len(prompt) :] if whole.startswith(prompt) else messages[-1]["content"]
+    if whole.startswith(prompt):
+        return prompt, whole[len(prompt) :]
+    # Some templates begin an answer otherwise than they tell one, and leave its thoughts out: it is told by itself.
+    content = messages[-1]["content"]
+    begun = next((size for size in range(len(content), 0, -1) if prompt.endswith(content[:size])), 0)
+    return prompt, content[begun:] + encoder.end
 
 
 def _with_response(ids: list[int], response: str, record: dict[str, Any], encoder: Encoder, place: str) -> Trace:
