@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,8 +14,9 @@ import tyro
 from transformers import PreTrainedModel
 
 import agents
+from agents import hub
 from experiments.progress import track
-from experiments.results import ANSWERS, RESULTS, Results, digest
+from experiments.results import ANSWERS, RESULTS, Results, named
 from experiments.tables import report, wide_console
 from kvenv.answering import Answer, Decoding, answer, answerable, check_sampling
 from kvenv.evaluation import FULL, Row, evaluate
@@ -313,12 +315,19 @@ def _setting(args: Args, tokenizer: Any) -> TaskSetting:
 
 
 def _terms(args: Args, loaded: LoadedModel) -> dict[str, Any]:
-    """Return all that rows depend on: not where they are written, nor how many are computed at once."""
+    """Return all that rows depend on, data by what is in them: not where they go, nor how many are computed at once."""
     terms = {name: value for name, value in asdict(args).items() if name not in ("out", "batch_size", "device")}
-    terms["policies"] = [
-        f"{name} ({digest(Path(name))[:12]})" if Path(name).is_dir() else name for name in args.policies
-    ]
-    return terms | {"fingerprint": fingerprint(loaded.model)}
+    known = (FULL, *agents.names())
+    terms["policies"] = [name if name in known else named(name, hub.find(name)) for name in args.policies]
+    terms["traces"] = [named(name, Path(name)) if Path(name).is_file() else name for name in args.traces]
+    if args.task_data is not None and args.task_data.is_dir():
+        terms["task_data"] = named(str(args.task_data), args.task_data)
+    template = getattr(loaded.tokenizer, "chat_template", None)  # of traces, too: messages are put into it
+    return terms | {
+        "fingerprint": fingerprint(loaded.model),
+        "chat_template": template and hashlib.sha256(str(template).encode()).hexdigest()[:12],
+        "eos_token_id": loaded.model.generation_config.eos_token_id,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -209,6 +209,11 @@ class _Setting:
                 f"{self.score_from} are scored (budgets {list(self.budgets)}, interval {self.interval}): "
                 "choose longer traces or smaller budgets"
             )
+        if self.by_entropy and (scored := len(trace.tokens) - 1 - self.score_from) < PARTS_BY_ENTROPY:
+            raise ValueError(
+                f"trace {trace.name!r} has {scored} targets above position {self.score_from}, too few for "
+                f"{PARTS_BY_ENTROPY} parts by entropy: choose longer traces or smaller budgets"
+            )
         if self.schedule == "prefill" and trace.prompt_length > self.score_from:
             raise ValueError(
                 f"trace {trace.name!r} has a prompt of {trace.prompt_length} tokens, more than score_from "

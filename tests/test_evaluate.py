@@ -276,3 +276,11 @@ def test_losses_by_entropy_are_those_of_tokens_sorted_by_it() -> None:
         assert row.loss_by_entropy is not None
         assert np.average(row.loss_by_entropy, weights=sizes) == pytest.approx(row.lm_loss)
     assert {row.loss_by_entropy for row in run(["full"], traces)} == {None}
+
+
+def test_targets_too_few_to_be_split_by_entropy_are_refused() -> None:
+    assert run(["random"], source(lengths=(28,), answers=()), by_entropy=True)[0].scored_tokens == 10
+    with pytest.raises(
+        ValueError, match=r"trace '.*' has 9 targets above position 17, too few for 10 parts by entropy"
+    ):
+        run(["random"], source(lengths=(27,), answers=()), by_entropy=True)

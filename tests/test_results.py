@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import agents
+import kvenv
 from experiments import evaluate as command
-from experiments.results import ANSWERS, CONFIG, RESULTS, read_rows
-from kvenv.answering import answer
+from experiments.results import ANSWERS, CONFIG, RESULTS, Results, digest, read_rows
+from experiments.runs import Run
+from kvenv.answering import Answer, answer
 from kvenv.evaluation import Row, evaluate
 from kvenv.tasks import Question, QuestionTask
 
@@ -78,6 +80,117 @@ def test_a_policy_that_was_trained_on_is_another_one(tmp_path: Path) -> None:
         run(tmp_path / "out", policies=policies)
 
 
+def test_a_policy_that_was_uploaded_anew_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "snapshot"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    agents.make("kvp-tiny").save_pretrained(snapshot)
+    policies = ["--policies", "random", "owner/name"]
+    rows = run(tmp_path / "out", policies=policies)
+    assert run(tmp_path / "out", policies=policies) == rows
+    agents.make("grpo-tiny").save_pretrained(snapshot)
+    with pytest.raises(ValueError, match=r"with policies \['random', 'owner/name \(.*: choose another --out"):
+        run(tmp_path / "out", policies=policies)
+
+
+def test_traces_that_were_edited_are_others(tmp_path: Path) -> None:
+    file, options = tmp_path / "mine.jsonl", ["--traces", str(tmp_path / "mine.jsonl"), "--num-traces", "1"]
+    file.write_text(json.dumps({"input_ids": [*range(3, 90)]}))
+    rows = run(tmp_path / "out", *options)
+    file.write_text(file.read_text())
+    assert run(tmp_path / "out", *options) == rows
+    file.write_text(json.dumps({"input_ids": [*range(4, 91)]}))
+    with pytest.raises(ValueError, match=r"with traces \['.*mine.jsonl \(\w+\)'\], not \[.*: choose another --out"):
+        run(tmp_path / "out", *options)
+
+
+def edit_data(data: Path, _: pytest.MonkeyPatch) -> None:
+    (data / "aime24.jsonl").write_text("other")
+
+
+def add_data(data: Path, _: pytest.MonkeyPatch) -> None:
+    (data / "text.txt").write_text("more")
+
+
+def edit_template(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvenv.load_model("tiny").tokenizer, "chat_template", "{{ messages[0].content }}")
+
+
+def edit_ends(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvenv.load_model("tiny").model.generation_config, "eos_token_id", [3, 4])
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (edit_data, r"with task_data .*data \(\w+\), not .*data \(\w+\)"),
+        (add_data, r"with task_data .*data \(\w+\), not .*data \(\w+\)"),
+        (edit_template, r"with chat_template None, not \w+"),
+        (edit_ends, r"with eos_token_id 3, not \[3, 4\]"),
+    ],
+)
+def test_answers_to_what_was_edited_are_others(
+    edit: Callable[[Path, pytest.MonkeyPatch], None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "load_tasks", lambda name, setting: [questions()])
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "aime24.jsonl").write_text("one")
+    options = ["--tasks", "x", "--traces", "--task-data", str(data)]
+    rows = run(tmp_path / "out", *options)
+    assert run(tmp_path / "out", *options) == rows
+    edit(data, monkeypatch)
+    with pytest.raises(ValueError, match=message + ": choose another --out"):
+        run(tmp_path / "out", *options)
+
+
+def test_digests_tell_names_and_contents_apart(tmp_path: Path) -> None:
+    def made(name: str, **files: str) -> str:
+        (tmp_path / name / "below").mkdir(parents=True)
+        for file, text in files.items():
+            (tmp_path / name / file).write_text(text)
+        return digest(tmp_path / name)
+
+    assert made("one", a="x", b="y") == made("same", b="y", a="x")
+    assert len({made("two", a="y", b="x"), made("three", a="x"), made("four", ab="xy"), digest(tmp_path / "one")}) == 4
+
+
+def test_a_training_run_is_refused_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Run.create(tmp_path, "grpo", command.Args())
+    before = (tmp_path / CONFIG).read_bytes()
+    monkeypatch.setattr(command, "evaluate", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(
+        ValueError, match=r"config\.json is not the configuration of an evaluation: choose another --out"
+    ):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [CONFIG]
+    assert (tmp_path / CONFIG).read_bytes() == before
+
+
+def test_what_was_killed_within_the_first_write_begins_anew_on_the_same_terms_only(tmp_path: Path) -> None:
+    rows = run(tmp_path)
+    (tmp_path / RESULTS).unlink()
+    saved = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(saved | {"commit": "before"}))
+    with pytest.raises(ValueError, match=r"with budgets \[24\], not \[32\]"):
+        run(tmp_path, "--budgets", "32")
+    assert not (tmp_path / RESULTS).exists()
+    assert run(tmp_path) == rows
+    assert json.loads((tmp_path / CONFIG).read_text()) == saved  # rows are those of this commit
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"terms"', "{}", '{"terms": []}', '{"terms": null}', b"\xff"])
+def test_a_foreign_configuration_is_refused(text: str | bytes, tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=r"config\.json is not the configuration of an evaluation"):
+        Results(tmp_path, {"budgets": [24]})
+
+
+def test_answers_of_nobody_knows_what_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ANSWERS).write_text("")
+    with pytest.raises(ValueError, match=r"has answers\.jsonl, but no config\.json"):
+        Results(tmp_path, {})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [(None, "no config.json that says of what"), ("{", "is not the configuration"), ("[]", "is not the configuration")],
@@ -105,7 +218,7 @@ def test_answers_lie_beside_their_rows(tmp_path: Path, monkeypatch: pytest.Monke
             run(tmp_path, *options)
     # Killed between the two files: an answer whose row isn't there.
     with (tmp_path / ANSWERS).open("a") as file:
-        file.write(json.dumps({"traces": "questions", "trace": 2}) + "\n")
+        file.write(json.dumps(json.loads((tmp_path / ANSWERS).read_text().splitlines()[0]) | {"trace": 2}) + "\n")
     rows = run(tmp_path, *options)
     answers = [json.loads(line) for line in (tmp_path / ANSWERS).read_text().splitlines()]
     named = ("traces", "trace", "policy", "budget", "seed", "score")
@@ -117,6 +230,90 @@ def test_answers_lie_beside_their_rows(tmp_path: Path, monkeypatch: pytest.Monke
     assert {tuple(line["references"]) for line in answers} == {("a", "b")}
     assert {line["example"] for line in answers} == {"q/0", "q/1", "q/2"}
     assert all(isinstance(line["text"], str) for line in answers)
+
+
+@pytest.fixture
+def answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the directory of an evaluation of questions: three examples, two policies."""
+    monkeypatch.setattr(command, "load_tasks", lambda name, setting: [questions()])
+    run(tmp_path, "--tasks", "x", "--traces")
+    return tmp_path
+
+
+def by_example(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (row.trace, row.policy))
+
+
+def test_examples_of_which_rows_are_missing_are_measured_anew(answered: Path) -> None:
+    rows = read_rows(answered / RESULTS)
+    lines = (answered / RESULTS).read_text().splitlines()
+    # Of example 0 one row is missing, example 1 was doubled.
+    (answered / RESULTS).write_text("[\n" + "\n".join([*lines[2:-2], *lines[3:5], lines[-2]]) + "\n]\n")
+    assert by_example(run(answered, "--tasks", "x", "--traces")) == by_example(rows)
+    answers = [json.loads(line) for line in (answered / ANSWERS).read_text().splitlines()]
+    assert len({(line["trace"], line["policy"]) for line in answers}) == len(answers) == len(rows)
+
+
+def cut_line(text: str) -> str:
+    return text[:-20]
+
+
+def cut_field(text: str) -> str:
+    return text.replace('"policy"', '"who"', 1)
+
+
+def cut_object(text: str) -> str:
+    return "7\n" + text
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_line, r"answers\.jsonl:6: not JSON"),
+        (cut_field, r"answers\.jsonl:1: lacks policy"),
+        (cut_object, r"answers\.jsonl:1: int where an object was expected"),
+        (lambda text: text[: text.index("\n") + 1], r"answers\.jsonl lacks the answers of 5 rows of results\.json"),
+        (lambda text: None, r"answers\.jsonl lacks the answers of 6 rows of results\.json"),
+    ],
+)
+def test_damaged_answers_are_refused_by_name(
+    damage: Callable[[str], str | None], message: str, answered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = damage((answered / ANSWERS).read_text())
+    rows = (answered / RESULTS).read_bytes()
+    (answered / ANSWERS).unlink()
+    if text is not None:
+        (answered / ANSWERS).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        run(answered, "--tasks", "x", "--traces")
+    assert error.type is ValueError
+    assert str(answered / ANSWERS) in str(error.value)
+    assert (answered / RESULTS).read_bytes() == rows
+
+
+@pytest.mark.parametrize("text", ["[", "{}", "5", "[5]", b"\xff"])
+def test_damaged_rows_are_refused_by_name(text: str | bytes, answered: Path) -> None:
+    (answered / RESULTS).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=r"results\.json is not a results\.json") as error:
+        run(answered, "--tasks", "x", "--traces")
+    assert error.type is ValueError
+
+
+def test_an_interrupted_batch_is_not_there_at_all(tmp_path: Path) -> None:
+    results = Results(tmp_path, {})
+    row = Row("random", "x", "test", 0, 0, 24, 16, "prefill", 0, score=1.0)
+    told = [Answer(replace(row, trace=trace), f"x/{trace}", "text", ("a",)) for trace in range(4)]
+    results.add(told[:2])
+
+    def interrupted() -> Iterator[Answer]:
+        yield told[2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        results.add(interrupted())
+    results.write()
+    assert [row.trace for row in read_rows(tmp_path / RESULTS)] == [0, 1]
+    assert [row.trace for row in Results(tmp_path, {}).rows] == [0, 1]
 
 
 def test_who_knows_the_future_is_left_out_of_answers(

@@ -281,6 +281,19 @@ def test_jsonl_forms(tmp_path: Path) -> None:
         traces.continuations(0, 1, 1)
 
 
+def test_messages_win_over_a_prompt_without_response(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} . {% endfor %}"
+    messages = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "mive"}]
+    path = write(tmp_path / "mine.jsonl", {"messages": messages}, {"prompt": "ask", "messages": messages})
+    plain, both = (load_traces(path, tokenizer=tokenizer, trace_length=64)[i] for i in range(2))
+    assert both.tokens.tolist() == plain.tokens.tolist()
+    assert both.prompt_length == plain.prompt_length > 0
+    path = write(tmp_path / "two.jsonl", {"prompt": "ask", "response": "mive", "messages": messages})
+    with pytest.raises(ValueError, match="prompt and messages given"):
+        load_traces(path, tokenizer=tokenizer, trace_length=64)
+
+
 def test_jsonl_traces_are_cut(tmp_path: Path) -> None:
     path = write(
         tmp_path / "mine.jsonl", {"prompt": "a b", "response": "c d e", "answer": "e"}, {"text": "a b c d e f"}
@@ -377,6 +390,23 @@ def test_dataset_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'kvenv\[datasets\]'"):
         load_traces("hf:someone/lamps", tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("answer", "marked"), [("mive", True), ("kalo", False), ("", False), (42, False), (None, False)]
+)
+def test_a_dataset_may_mean_something_else_by_answer(
+    answer: object, marked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Datasets:
+        @staticmethod
+        def load_dataset(name: str, split: str) -> list[dict[str, object]]:
+            return [{"prompt": "what is kalo ?", "response": "it is mive", "answer": answer}]
+
+    monkeypatch.setitem(sys.modules, "datasets", Datasets)  # type: ignore[arg-type]
+    trace = load_traces("hf:someone/lamps", split="test", tokenizer=TOKENIZER)[0]
+    assert TOKENIZER.decode(trace.tokens[trace.prompt_length :]) == "it is mive"
+    assert [TOKENIZER.decode(trace.tokens[start:stop]) for start, stop in trace.answers] == ["mive"] * marked
 
 
 @pytest.mark.parametrize(

@@ -369,17 +369,26 @@ def test_each_task_needs_its_own_data_only(tmp_path: Path) -> None:
             (choices if name in PROMPTS else questions)(name, tmp_path)
 
 
-def test_as_many_examples_as_wanted_or_there_are_spread_evenly(tmp_path: Path) -> None:
+def test_examples_have_an_order_that_is_the_same_however_many_are_wanted(tmp_path: Path) -> None:
     data = write(tmp_path, "boolq", *({**RECORDS["boolq"], "passage": str(i)} for i in range(10)))
-    for wanted, numbers in ((20, [*range(10)]), (10, [*range(10)]), (4, [0, 2, 5, 7]), (1, [0])):
+    order = [int(choice.name.split("/")[-1]) for choice in choices("boolq", data, num_examples=10)]
+    assert sorted(order) == [*range(10)]
+    for wanted in (20, 10, 4, 1):
         found = choices("boolq", data, num_examples=wanted)
-        assert [choice.name for choice in found] == [f"zeroshot/boolq/{i}" for i in numbers]
-        assert [tokenizer().decode(choice.context[1:]) for choice in found] == [str(i) for i in numbers]
+        assert [choice.name for choice in found] == [f"zeroshot/boolq/{i}" for i in order[:wanted]]
+        assert [tokenizer().decode(choice.context[1:]) for choice in found] == [str(i) for i in order[:wanted]]
     task = load("boolq", data)
     assert isinstance(task, ChoiceTask)
-    assert [choice.name for choice in task.examples[8:]] == ["zeroshot/boolq/8", "zeroshot/boolq/9"]
+    assert [choice.name for choice in task.examples[8:]] == [f"zeroshot/boolq/{i}" for i in order[8:]]
     with pytest.raises(IndexError, match="there are 0 to 9"):
         task.examples[10]
+
+
+def test_the_first_examples_are_of_all_parts_of_a_sorted_data_set(tmp_path: Path) -> None:
+    data = write(tmp_path, "boolq", *({**RECORDS["boolq"], "passage": str(i)} for i in range(2000)))
+    numbers = [int(choice.name.split("/")[-1]) for choice in choices("boolq", data, num_examples=200)]
+    # Of 200 drawn from ten parts alike, 20 are of each part, with a standard deviation of 4.
+    assert all(8 <= sum(number // 200 == part for number in numbers) <= 32 for part in range(10))
 
 
 CHOICES = RECORDS["arc_easy"]["choices"]

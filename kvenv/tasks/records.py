@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvenv.tasks.base import Examples, TaskSetting
+from kvenv.traces.draw import Draw
 
 E = TypeVar("E")
 Record = dict[str, Any]
@@ -92,7 +93,8 @@ class Source:
 class Records:
     """Records of a data set, read when they are first asked for.
 
-    If there are more than the setting wants, they are taken evenly: some data sets are sorted, MMLU by subject.
+    They are taken in an order drawn once for each data set, since some are sorted, MMLU by subject. The i-th is the
+    same however many the setting wants.
 
     Parameters
     ----------
@@ -107,10 +109,11 @@ class Records:
 
     @cached_property
     def taken(self) -> list[tuple[int, Record]]:
-        """The records that are wanted, with their numbers in the data set."""
+        """The records that are wanted, in the order drawn, with their numbers in the data set."""
         records = self._source.read(self._setting.data)
         count = min(self._setting.num_examples, len(records))
-        return [(number, records[number]) for number in (i * len(records) // count for i in range(count))]
+        order = Draw("records", self._source.hub, self._source.config).some(range(len(records)), count)
+        return [(number, records[number]) for number in order]
 
     def examples(self, make: Callable[[int, Record], E]) -> Examples[E]:
         """Return an example for each record, made of its number and itself.

@@ -134,6 +134,8 @@ def read_jsonl(path: Path, *, split: str, tokenizer: Any, trace_length: int, sch
 def read_dataset(name: str, *, split: str, tokenizer: Any, trace_length: int, schedule: str) -> ListSource:
     """Read the records of a Hugging Face dataset's split as :func:`read_jsonl` reads lines.
 
+    An ``answer`` that doesn't occur in its response is left unmarked: there the field may mean something else.
+
     Raises
     ------
     ValueError
@@ -161,6 +163,7 @@ def read_dataset(name: str, *, split: str, tokenizer: Any, trace_length: int, sc
             trace_length,
             schedule,
             f"hf:{name}/{split}:{number}",
+            own=False,
         )
         for number, record in enumerate(records, start=1)
     ]
@@ -169,7 +172,9 @@ def read_dataset(name: str, *, split: str, tokenizer: Any, trace_length: int, sc
     return ListSource(f"hf:{name}", split, traces)
 
 
-def trace_from_record(record: Any, encoder: Encoder, trace_length: int, schedule: str, place: str) -> Trace:
+def trace_from_record(
+    record: Any, encoder: Encoder, trace_length: int, schedule: str, place: str, *, own: bool = True
+) -> Trace:
     """Make a trace of one record.
 
     Parameters
@@ -177,7 +182,8 @@ def trace_from_record(record: Any, encoder: Encoder, trace_length: int, schedule
     record : dict
         Exactly one of ``input_ids`` (list of int), ``text`` (str), ``prompt`` with ``response`` (both str), or
         ``messages`` (objects with ``role`` and ``content``, put into the tokenizer's chat template; the last one is the
-        response). With a response, ``answer`` (str) is marked where it occurs last in it.
+        response; a ``prompt`` without ``response`` beside them is passed over). With a response, ``answer`` (str) is
+        marked where it occurs last in it.
     encoder : Encoder
         Encodes the text.
     trace_length : int
@@ -186,6 +192,9 @@ def trace_from_record(record: Any, encoder: Encoder, trace_length: int, schedule
         Under ``"prefill"`` a record without a prompt gets its first half as one.
     place : str
         File and line, as errors name them; also the name of the trace.
+    own : bool
+        Whether the record was written for this: then an ``answer`` that doesn't occur in the response is an error, else
+        it is left unmarked.
 
     Raises
     ------
@@ -195,6 +204,8 @@ def trace_from_record(record: Any, encoder: Encoder, trace_length: int, schedule
     if not isinstance(record, dict):
         raise ValueError(f"{place}: {type(record).__name__} where an object was expected")
     forms = [form for form in FORMS if form in record]
+    if "messages" in forms and "prompt" in forms and "response" not in record:
+        forms.remove("prompt")  # data sets of conversations repeat their first message there
     if len(forms) != 1:
         found = " and ".join(forms) or "none"
         raise ValueError(
@@ -210,10 +221,10 @@ def trace_from_record(record: Any, encoder: Encoder, trace_length: int, schedule
         trace = Trace(np.array(ids, dtype=np.int64), _prompt(min(len(ids), trace_length), schedule), (), place)
     elif forms == ["messages"]:
         prompt, response = _conversation(record["messages"], encoder, place)
-        trace = _with_response(encoder.part(prompt), response, record, encoder, place)
+        trace = _with_response(encoder.part(prompt), response, _answer(record, response, own, place), encoder, place)
     else:
         prompt, response = _string(record, "prompt", place), _string(record, "response", place)
-        trace = _with_response(encoder.text(prompt), response, record, encoder, place)
+        trace = _with_response(encoder.text(prompt), response, _answer(record, response, own, place), encoder, place)
     if trace.prompt_length >= trace_length:
         raise ValueError(
             f"{place}: the prompt has {trace.prompt_length} tokens: choose trace_length above that, not {trace_length}"
@@ -249,15 +260,25 @@ def _conversation(messages: Any, encoder: Encoder, place: str) -> tuple[str, str
     return prompt, content[begun:] + encoder.end
 
 
-def _with_response(ids: list[int], response: str, record: dict[str, Any], encoder: Encoder, place: str) -> Trace:
+def _answer(record: dict[str, Any], response: str, own: bool, place: str) -> str:
+    """Return the answer that is to be marked in a response; empty if none is."""
+    if not own:
+        answer = record.get("answer")
+        return answer if isinstance(answer, str) and answer in response else ""
+    if "answer" not in record:
+        return ""
+    answer = _string(record, "answer", place)
+    if answer not in response:
+        raise ValueError(f"{place}: answer {answer!r} does not occur in the response")
+    return answer
+
+
+def _with_response(ids: list[int], response: str, answer: str, encoder: Encoder, place: str) -> Trace:
     """Return the trace of a prompt and what follows it."""
     prompt_length = len(ids)
     answers: tuple[tuple[int, int], ...] = ()
-    if "answer" in record:
-        answer = _string(record, "answer", place)
+    if answer:
         begin = response.rfind(answer)
-        if begin < 0:
-            raise ValueError(f"{place}: answer {answer!r} does not occur in the response")
         # Encoded in three parts, so that the span is exact; a space before the answer belongs to its first token.
         begin -= begin > 0 and response[begin - 1] == " "
         end = response.rfind(answer) + len(answer)
