@@ -291,8 +291,9 @@ class ImitationLearner(Learner):
         interval = self.episodes.interval
         windows = window_losses(self.episodes.model, traces, rollout.losses, budget + interval, interval)
         self.done += 1
+        reward = REWARDS.get("lm_loss_increase")(windows).unflatten(0, (len(traces), -1))
         return {
-            **rollout_metrics(windows, REWARDS.get("lm_loss_increase")(windows).unflatten(0, (len(traces), -1))),
+            **rollout_metrics([(windows, reward)]),
             **lesson.metrics(),
             "loss/learning_rate": lesson.rate * config.learning_rate,
             "time/policy": lesson.deciding,
