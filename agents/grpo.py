@@ -382,5 +382,5 @@ class GRPOLearner(Learner):
         scorer, budget = self.episodes.scorer(seen, config.hidden, config.depth, config.seed), max(config.budgets)
         policy = ScorerPolicy(scorer, features)
         traces = self.episodes.draw(np.random.default_rng([config.seed, 2**32]), config.num_traces, budget)
-        self.episodes.calibrate([(scorer, seen, "squashed")], policy, traces, budget)
+        self.episodes.calibrate([(scorer, seen, "squashed")], policy, traces, budget, config.at_once)
         return policy

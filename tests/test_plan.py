@@ -56,20 +56,30 @@ def test_the_work_is_what_is_counted(name: str, tmp_path: Path) -> None:
     assert stage.flops == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
-def prepared_update(learner: str, model: Path, length: int, others: tuple[str, ...]) -> Callable[[], object]:
-    """Return an update to be measured, in a process of its own; the LLM is there before."""
+def prepared_training(learner: str, model: Path, length: int, others: tuple[str, ...]) -> Callable[[], object]:
+    """Return a learner's building and first update to be measured, in a process of its own.
+
+    The LLM is there before, and a small training has loaded whatever code is needed.
+    """
     torch.set_num_threads(1)
-    return arguments(learner, model, length, *others).build().update
+    arguments(learner, model, 128, *others, "--budgets", "32", "--num-traces", "1").build().update()
+    return lambda: arguments(learner, model, length, *others).build().update()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["imitation", "grpo"])
-def test_the_memory_is_what_a_process_takes(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("learner", "length", "others"),
+    [
+        ("imitation", 1024, LEARNERS["imitation"]),
+        ("grpo", 1024, LEARNERS["grpo"]),
+        ("grpo", 320, ["--group", "2", "--num-traces", "16", "--at-once", "1", "--budgets", "256"]),
+    ],
+)
+def test_the_memory_is_what_a_process_takes(learner: str, length: int, others: list[str], tmp_path: Path) -> None:
     model = make_model(tmp_path, hidden_size=512, intermediate_size=1536, head_dim=128)
-    learner, others = name.split()[0], LEARNERS[name]
-    (stage,) = plan(arguments(learner, model, 1024, *others))
+    (stage,) = plan(arguments(learner, model, length, *others))
     said = sum(stage.memory.values()) - stage.memory["weights"]
-    found = peak(prepared_update, learner, model, 1024, tuple(others), device="cpu")
+    found = peak(prepared_training, learner, model, length, tuple(others), device="cpu")
     assert 0.5 < said / found < 2, f"{said / 1e6:.0f} MB were said, {found / 1e6:.0f} MB taken"
 
 
