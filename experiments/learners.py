@@ -27,7 +27,8 @@ class DecodingArgs:
     model: str = "tiny"
     """The LLM: tiny, a directory, a hub id or a registered name."""
     traces: str = "recall+tracking+dialogue+reasoning"
-    """A trace family, several joined by +, a file or a registered name."""
+    """A trace family, several joined by +, a .txt or .jsonl file, hf: and the name of a Hugging Face dataset, or a
+    registered name."""
     trace_length: int = 512
     """Tokens of a trace."""
     interval: int = 16
