@@ -18,6 +18,7 @@ from kvenv.features import FeatureSet
 from kvenv.golden import FutureAttention, future_attention
 from kvenv.layerwise import Policy, Rollout, rollout
 from kvenv.limits import Limits
+from kvenv.models import check_positions
 from kvenv.state import LayerState, Protection
 from kvenv.traces import Trace, TraceSource
 
@@ -60,6 +61,20 @@ class Episodes:
         width = features.width(shape.head_dim, shape.groups)
         generator = torch.Generator().manual_seed(seed)
         return Scorer(self.layers, shape.kv_heads, width, hidden, depth, generator).to(self.model.device)
+
+    def check(self, budgets: Sequence[int]) -> None:
+        """Refuse what would show only when an update draws it: a budget, or one of the traces of a finite source.
+
+        Raises
+        ------
+        ValueError
+            If a budget is less than what is protected, or traces can't be decoded with one; it says how many.
+        """
+        traces = [self.source[i] for i in range(self.source.size or 0)]
+        longest = max((len(trace.tokens) for trace in traces), default=0)
+        check_positions(self.model, longest, type(self.model).__name__)
+        for budget in sorted(budgets, reverse=True):
+            Limits(max(longest, 2), budget, self.interval, True, self.protection).check_traces(traces)
 
     def draw(self, rng: np.random.Generator, count: int, budget: int) -> list[Trace]:
         """Return ``count`` traces, from a drawn id on, and round where the source is finite.

@@ -187,7 +187,8 @@ class GRPOLearner(Learner):
     Raises
     ------
     ValueError
-        If the reward is unknown, a budget is impossible, or the policy to start from is no scorer of this model.
+        If the reward is unknown, a budget impossible or a trace too short, or the policy to start from is no scorer of
+        this model.
     """
 
     name: ClassVar[str] = "grpo"
@@ -204,6 +205,7 @@ class GRPOLearner(Learner):
     ) -> None:
         self.config = config or GRPOConfig()
         self.episodes = Episodes(model, source, interval, protection or Protection(recent=interval))
+        self.episodes.check(self.config.budgets)
         self._reward = REWARDS.get(self.config.reward)
         start = self._loaded(self.config.init) if self.config.init else self._random(features)
         self.scorer, self.features = start.scorer, feature_set(start.features)

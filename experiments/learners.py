@@ -225,7 +225,10 @@ class PPO(LearnerArgs):
 
     def build(self) -> Learner:
         """Return the learner at its start."""
-        return ppo.PPOLearner(self.env.make(), self.learner)
+        env = self.env.make()
+        source, limits = env.dynamics.source, replace(env.dynamics.limits, budget=max(self.budgets()))
+        limits.check_traces([source[i] for i in range(source.size or 0)])
+        return ppo.PPOLearner(env, self.learner)
 
 
 LEARNERS: dict[str, type[LearnerArgs]] = {kind.name: kind for kind in (Imitation, KVP, GRPO, PPO)}

@@ -12,11 +12,14 @@ import kvenv
 from agents import episodes
 from agents.episodes import CALIBRATED_ON, Episodes
 from agents.grpo import GRPOConfig, GRPOLearner
+from agents.imitation import ImitationConfig, ImitationLearner
 from agents.scorer import Scorer, ScorerPolicy
 from kvenv.features import feature_set
 from kvenv.layerwise import rollout
 from kvenv.traces import Trace, TraceSource
+from kvenv.traces.user import ListSource
 from tests.environments import BUDGET, INTERVAL, LENGTH, MODEL, PROTECTION, RAGGED, trace
+from tests.models import random_tokens
 
 LEAST = BUDGET + INTERVAL + 2
 FEATURES = "foresight"  # the norms of "stats" are all alike in a model that normalises keys
@@ -111,3 +114,36 @@ def test_no_more_traces_are_rolled_out_at_once_than_there_may_be(monkeypatch: py
     config = GRPOConfig(num_traces=5, group=2, at_once=2, budgets=(BUDGET,), hidden=4)
     GRPOLearner(kvenv.load_model(MODEL).model, source, config, interval=INTERVAL, protection=PROTECTION)
     assert rows == [2, 2, 1]
+
+
+def learner(kind: Any, config: Any, lengths: list[int], **changes: Any) -> Any:
+    """Return a learner from as many random traces as there are lengths."""
+    tokens = random_tokens(1, LENGTH)[0].numpy()
+    traces = [Trace(tokens[:length], 0, (), f"mine:{number}") for number, length in enumerate(lengths, start=1)]
+    terms = {"interval": INTERVAL, "protection": PROTECTION, "features": FEATURES}
+    settings = config(num_traces=1, hidden=4, **{"budgets": (BUDGET,), **changes})
+    return kind(kvenv.load_model(MODEL).model, ListSource("mine", "train", traces), settings, **terms)
+
+
+LEARNERS = [(ImitationLearner, ImitationConfig), (GRPOLearner, GRPOConfig)]
+
+
+@pytest.mark.parametrize(("kind", "config"), LEARNERS)
+def test_short_traces_are_refused_before_any_is_drawn(kind: Any, config: Any) -> None:
+    learner(kind, config, [LEAST, LENGTH] * 20)
+    with pytest.raises(
+        ValueError,
+        match=rf"'mine:3' has {LEAST - 1} tokens: with budget {BUDGET} and interval {INTERVAL} it needs at least "
+        rf"{LEAST}, and 2 of 41 traces have fewer; choose smaller budgets, or leave out traces shorter than {LEAST} ",
+    ):
+        learner(kind, config, [LENGTH, LEAST, LEAST - 1, 1, *[LENGTH] * 37])
+    with pytest.raises(ValueError, match="and 1 of 40 traces have fewer"):
+        learner(kind, config, [LEAST, *[LENGTH] * 39], budgets=(BUDGET - 1, BUDGET + 1))
+    with pytest.raises(ValueError, match="budget 5 is less than the protected pairs"):
+        learner(kind, config, [LENGTH] * 40, budgets=(5, *[BUDGET] * 9))
+
+
+def test_an_endless_source_is_checked_as_it_is_drawn_from() -> None:
+    made().check((BUDGET,))
+    with pytest.raises(ValueError, match=f"with budget {LENGTH} and interval {INTERVAL} it needs"):
+        made().draw(np.random.default_rng(0), 2, LENGTH)

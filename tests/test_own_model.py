@@ -179,6 +179,27 @@ def test_a_policy_says_what_it_started_from_after_a_resume_too(
 
 
 @pytest.mark.parametrize(
+    "others",
+    [
+        ["imitation", "--budgets", str(BUDGET)],
+        ["ppo", "--budget", str(BUDGET), "--num-envs", "2"],
+        ["imitation", "--budgets", "8", "--eval-budgets", str(BUDGET)],
+    ],
+)
+def test_short_traces_are_told_before_anything_is_trained(directory: Path, tmp_path: Path, others: list[str]) -> None:
+    tokens = {"input_ids": list(range(3, 9)) * 5}
+    traces = (directory.parent / "traces.jsonl").read_text() + json.dumps(tokens) + "\n"
+    (tmp_path / "traces.jsonl").write_text(traces)
+    least = BUDGET + INTERVAL + 2
+    with pytest.raises(ValueError, match=f"traces.jsonl:7' has 30 tokens: .*1 of 7 traces .* shorter than {least} "):
+        train.main([
+            *others, "--model", str(directory), "--traces", str(tmp_path / "traces.jsonl"), "--trace-length", "160",
+            "--interval", str(INTERVAL), "--sinks", "2", "--recent", "4", "--out", str(tmp_path / "run"),
+        ])  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["", "--policy", "h2o"], "the prompt is empty"),
