@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,15 @@ from kvenv.features import FeatureSet
 from kvenv.golden import FutureAttention, future_attention
 from kvenv.layerwise import Policy, Rollout, rollout
 from kvenv.limits import Limits
+from kvenv.models import check_positions
 from kvenv.state import LayerState, Protection
 from kvenv.traces import Trace, TraceSource
 
 CALIBRATED_ON = 4
 """Decisions of an episode that a scorer's input constants are taken from."""
+
+CALIBRATED_PAIRS = 8192
+"""Pairs of a (layer, KV head) that they are taken from at most: a median needs no more, and memory has an end."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,20 @@ class Episodes:
         generator = torch.Generator().manual_seed(seed)
         return Scorer(self.layers, shape.kv_heads, width, hidden, depth, generator).to(self.model.device)
 
+    def check(self, budgets: Sequence[int]) -> None:
+        """Refuse what would show only when an update draws it: a budget, or one of the traces of a finite source.
+
+        Raises
+        ------
+        ValueError
+            If a budget is less than what is protected, or traces can't be decoded with one; it says how many.
+        """
+        traces = [self.source[i] for i in range(self.source.size or 0)]
+        longest = max((len(trace.tokens) for trace in traces), default=0)
+        check_positions(self.model, longest, type(self.model).__name__)
+        for budget in sorted(budgets, reverse=True):
+            Limits(max(longest, 2), budget, self.interval, True, self.protection).check_traces(traces)
+
     def draw(self, rng: np.random.Generator, count: int, budget: int) -> list[Trace]:
         """Return ``count`` traces, from a drawn id on, and round where the source is finite.
 
@@ -88,9 +107,12 @@ class Episodes:
         policy: Policy,
         traces: Sequence[Trace],
         budget: int,
+        at_once: int = 0,
         **options: Any,
     ) -> None:
-        """Set scorers' input constants from some decisions all along the episodes of a policy.
+        """Set scorers' input constants from some pairs at some decisions all along the episodes of a policy.
+
+        Which pairs doesn't depend on how many traces are rolled out side by side.
 
         Parameters
         ----------
@@ -98,23 +120,48 @@ class Episodes:
             Each with what it sees, and how it takes that in.
         policy, traces, budget
             The episodes; the policy needs what the feature sets need.
+        at_once : int
+            Traces that are rolled out side by side, 0 for all.
         **options
             Those of :func:`kvenv.rollout`.
         """
-        windows = -(-(max(len(trace.tokens) for trace in traces) - 1 - budget - self.interval) // self.interval)
-        taken = set(np.linspace(0, windows - 1, CALIBRATED_ON).astype(int).tolist())
-        made = [0] * self.layers
-        filled: list[list[Tensor]] = [[] for _ in made]
-        seen: list[list[list[Tensor]]] = [[[] for _ in made] for _ in scorers]
+        taken = self._taken(traces, budget)
+        device = self.model.device
+        slots = _drawn(len(taken), budget + self.interval).to(device)
+        seen = [
+            torch.empty(len(slots), *scorer.shape[:2], slots.shape[1], scorer.shape[2], device=device)
+            for scorer, *_ in scorers
+        ]
 
-        def keep(state: LayerState, order: Tensor, count: Tensor) -> None:
-            if made[state.layer] in taken:
-                filled[state.layer].append(state.filled)
-                for (_, features, _), layers in zip(scorers, seen):
-                    layers[state.layer].append(features.compute(state))
+        def keep(first: int, made: list[int], state: LayerState, order: Tensor, count: Tensor) -> None:
+            decided = [(made[state.layer], first + row) for row in range(len(state.filled))]
             made[state.layer] += 1
+            if not taken.keys().isdisjoint(decided):
+                for (_, features, _), pairs in zip(scorers, seen):
+                    computed = features.compute(state)
+                    for row, decision in enumerate(decided):
+                        if decision in taken:
+                            pairs[taken[decision], state.layer] = computed[row][:, slots[taken[decision]]]
 
-        self.play(policy, traces, budget, on_eviction=keep, **options)
-        everywhere = torch.stack([torch.cat(layer) for layer in filled], dim=1)
-        for (scorer, _, inputs), layers in zip(scorers, seen):
-            scorer.calibrate(torch.stack([torch.cat(layer) for layer in layers], dim=1), everywhere, inputs)
+        size = at_once or len(traces)
+        for first in range(0, len(traces), size):
+            part, hook = traces[first : first + size], partial(keep, first, [0] * self.layers)
+            self.play(policy, part, budget, rollouts=range(first, first + len(part)), on_eviction=hook, **options)
+        for (scorer, _, inputs), pairs in zip(scorers, seen):
+            # Before a trace has ended, every slot is filled when a decision falls due.
+            scorer.calibrate(pairs, torch.ones(pairs.shape[:-1], dtype=torch.bool, device=device), inputs)
+
+    def _taken(self, traces: Sequence[Trace], budget: int) -> dict[tuple[int, int], int]:
+        """Number the decisions (window, row) that constants are taken from: some of each trace's own."""
+        chosen = set()
+        for row, trace in enumerate(traces):
+            windows = -(-(len(trace.tokens) - 1 - budget - self.interval) // self.interval)
+            chosen |= {(int(window), row) for window in np.linspace(0, windows - 1, CALIBRATED_ON).astype(int)}
+        return {decision: number for number, decision in enumerate(sorted(chosen))}
+
+
+def _drawn(decisions: int, capacity: int) -> Tensor:
+    """Return the slots (decisions, K) that constants are taken from: all, or as many as there may be, at random."""
+    kept = min(capacity, max(1, CALIBRATED_PAIRS // decisions))
+    rngs = (np.random.default_rng(decision) for decision in range(decisions))
+    return torch.as_tensor(np.stack([np.sort(rng.choice(capacity, kept, replace=False)) for rng in rngs]))

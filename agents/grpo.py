@@ -32,7 +32,7 @@ from agents.checkpoint import module_state, optimizer_state, restore_module, res
 from agents.episodes import Episodes
 from agents.learner import Learner, State, check_numbers
 from agents.ranking_policy import Evictions, ReplayPolicy, SamplingPolicy
-from agents.returns import CREDITS, group_advantages, mean_metrics, rollout_metrics, target_advantages, window_losses
+from agents.returns import CREDITS, group_advantages, rollout_metrics, target_advantages, window_losses
 from agents.schedule import warm_cosine
 from agents.scorer import ScorerPolicy
 from kvenv import plackett_luce
@@ -154,8 +154,8 @@ class Experience:
         Of all windows: N * J rows, the J windows of a rollout side by side.
     reward : Tensor (N, J)
         What each window paid.
-    metrics : dict
-        Means over the rollouts and the seconds that the policy took, by TensorBoard tag.
+    seconds : float
+        That the policy took.
     """
 
     traces: list[Trace]
@@ -163,7 +163,7 @@ class Experience:
     evictions: Evictions
     windows: WindowLosses
     reward: Tensor
-    metrics: dict[str, float]
+    seconds: float
 
 
 class GRPOLearner(Learner):
@@ -187,7 +187,8 @@ class GRPOLearner(Learner):
     Raises
     ------
     ValueError
-        If the reward is unknown, a budget is impossible, or the policy to start from is no scorer of this model.
+        If the reward is unknown, a budget impossible or a trace too short, or the policy to start from is no scorer of
+        this model.
     """
 
     name: ClassVar[str] = "grpo"
@@ -204,6 +205,7 @@ class GRPOLearner(Learner):
     ) -> None:
         self.config = config or GRPOConfig()
         self.episodes = Episodes(model, source, interval, protection or Protection(recent=interval))
+        self.episodes.check(self.config.budgets)
         self._reward = REWARDS.get(self.config.reward)
         start = self._loaded(self.config.init) if self.config.init else self._random(features)
         self.scorer, self.features = start.scorer, feature_set(start.features)
@@ -228,6 +230,7 @@ class GRPOLearner(Learner):
         """Roll out, compare, replay and step."""
         began = time.perf_counter()
         parts = self.collect()
+        metrics = rollout_metrics([(experience.windows, experience.reward) for experience in parts])
         collected = time.perf_counter()
         config = self.config
         compared = [(experience, self.advantages(experience)) for experience in parts]
@@ -241,8 +244,7 @@ class GRPOLearner(Learner):
             norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), config.grad_clip)
             self.optimizer.step()
         self.done += 1
-        metrics = mean_metrics([experience.metrics for experience in parts], [len(part.traces) for part in parts])
-        policy_seconds = sum(experience.metrics["time/policy"] for experience in parts)
+        policy_seconds = sum(experience.seconds for experience in parts)
         return {
             **metrics,
             **{tag: sum(loss[tag] for loss in losses) for tag in losses[0]},
@@ -287,8 +289,7 @@ class GRPOLearner(Learner):
         )
         windows = window_losses(self.episodes.model, traces, done.losses, budget + interval, interval)
         reward = self._reward(windows).unflatten(0, (len(rows), -1))
-        metrics = rollout_metrics(windows, reward) | {"time/policy": sampler.seconds}
-        return Experience(rows, budget, evictions, windows, reward, metrics)
+        return Experience(rows, budget, evictions, windows, reward, sampler.seconds)
 
     def advantages(self, experience: Experience) -> Advantages:
         """Return how much better picks did than those of the other rollouts of their trace."""
@@ -383,5 +384,5 @@ class GRPOLearner(Learner):
         scorer, budget = self.episodes.scorer(seen, config.hidden, config.depth, config.seed), max(config.budgets)
         policy = ScorerPolicy(scorer, features)
         traces = self.episodes.draw(np.random.default_rng([config.seed, 2**32]), config.num_traces, budget)
-        self.episodes.calibrate([(scorer, seen, "squashed")], policy, traces, budget)
+        self.episodes.calibrate([(scorer, seen, "squashed")], policy, traces, budget, config.at_once)
         return policy

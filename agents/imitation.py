@@ -234,6 +234,11 @@ class ImitationLearner(Learner):
         Pairs never evicted; if not given, the first 4 and the newest W.
     features : str
         Feature set that the scorer sees.
+
+    Raises
+    ------
+    ValueError
+        If a budget is impossible, or a trace too short.
     """
 
     name = "imitation"
@@ -250,6 +255,7 @@ class ImitationLearner(Learner):
     ) -> None:
         self.config, self.done = config or ImitationConfig(), 0
         self.episodes = Episodes(model, source, interval, protection or Protection(recent=interval))
+        self.episodes.check(self.config.budgets)
         self.students = self._enrol(feature_set(features))
         rng, budget = np.random.default_rng([self.config.seed, 2**32]), max(self.config.budgets)
         traces = self.episodes.draw(rng, self.config.num_traces, budget)
@@ -291,8 +297,9 @@ class ImitationLearner(Learner):
         interval = self.episodes.interval
         windows = window_losses(self.episodes.model, traces, rollout.losses, budget + interval, interval)
         self.done += 1
+        reward = REWARDS.get("lm_loss_increase")(windows).unflatten(0, (len(traces), -1))
         return {
-            **rollout_metrics(windows, REWARDS.get("lm_loss_increase")(windows).unflatten(0, (len(traces), -1))),
+            **rollout_metrics([(windows, reward)]),
             **lesson.metrics(),
             "loss/learning_rate": lesson.rate * config.learning_rate,
             "time/policy": lesson.deciding,

@@ -147,33 +147,26 @@ def window_losses(
     )
 
 
-def rollout_metrics(losses: WindowLosses, reward: Tensor) -> dict[str, float]:
-    """Return means over rollouts, by TensorBoard tag; of the answers only if there are any.
+def rollout_metrics(parts: Sequence[tuple[WindowLosses, Tensor]]) -> dict[str, float]:
+    """Return means over rollouts or targets, by TensorBoard tag; of the answers only if there are any.
 
     Parameters
     ----------
-    losses : WindowLosses
-        Of all windows.
-    reward : Tensor (N, J)
-        What they paid.
+    parts : sequence of (WindowLosses, Tensor (N, J))
+        All windows of rollouts that were made side by side, and what they paid; however many parts there are, the
+        means are those of all rollouts together.
     """
-    answers = losses.answer.sum()
-    low = losses.full.low_entropy
+
+    def total(of: Callable[[WindowLosses], Tensor]) -> float:
+        return float(sum(of(losses).sum() for losses, _ in parts))
+
     metrics = {
-        "rollout/ep_rew_mean": reward.sum(dim=1).mean(),
-        "rollout/lm_loss": losses.nll.sum() / losses.valid.sum(),
-        "rollout/low_entropy_increase": (losses.increase * low).sum() / low.sum(),
+        "rollout/ep_rew_mean": float(torch.cat([reward.sum(dim=1) for _, reward in parts]).mean()),
+        "rollout/lm_loss": total(lambda x: x.nll) / total(lambda x: x.valid),
+        "rollout/low_entropy_increase": total(lambda x: x.increase * x.full.low_entropy)
+        / total(lambda x: x.full.low_entropy),
     }
+    answers = total(lambda x: x.answer)
     if answers:
-        metrics["rollout/answer_loss"] = (losses.nll * losses.answer).sum() / answers
-    return {tag: float(value) for tag, value in metrics.items()}
-
-
-def mean_metrics(parts: Sequence[dict[str, float]], rollouts: Sequence[int]) -> dict[str, float]:
-    """Return the means over parts of so many rollouts each; of a metric that only some parts have, over these."""
-    tags = dict.fromkeys(tag for part in parts for tag in part)
-    means = {}
-    for tag in tags:
-        there = [(part[tag], count) for part, count in zip(parts, rollouts, strict=True) if tag in part]
-        means[tag] = sum(value * count for value, count in there) / sum(count for _, count in there)
-    return means
+        metrics["rollout/answer_loss"] = total(lambda x: x.nll * x.answer) / answers
+    return metrics

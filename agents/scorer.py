@@ -89,23 +89,28 @@ class Scorer(nn.Module):
         inputs : {"squashed", "standardised", "raw"}
             For comparisons: "standardised" doesn't squash, "raw" leaves features as they are.
         """
-        layers, heads, width = self.shape[:3]
-        rows = features.float().permute(1, 2, 0, 3, 4).reshape(layers, heads, -1, width)
-        chosen = filled.permute(1, 2, 0, 3).reshape(layers, heads, -1)
-        x = rows[chosen].view(layers, heads, -1, width)
-        spread = x.std(dim=2, keepdim=True).clamp(min=1e-6)
-        self.centre.copy_(x.median(dim=2, keepdim=True).values)
-        distance = (x - self.centre).abs().median(dim=2, keepdim=True).values
+        # Layer by layer, since it takes several copies of the features.
+        for layer in range(self.shape[0]):
+            self._calibrate(layer, features[:, layer].float(), filled[:, layer], inputs)
+
+    def _calibrate(self, layer: int, features: Tensor, filled: Tensor, inputs: Inputs) -> None:
+        """Set a layer's input constants from features (N, H, C, F)."""
+        _, heads, width = self.shape[:3]
+        centre, scale, mean, deviation = (x[layer] for x in (self.centre, self.scale, self.mean, self.deviation))
+        x = features.transpose(0, 1)[filled.transpose(0, 1)].view(heads, -1, width)
+        spread = x.std(dim=1, keepdim=True).clamp(min=1e-6)
+        centre.copy_(x.median(dim=1, keepdim=True).values)
+        distance = (x - centre).abs().median(dim=1, keepdim=True).values
         # A statistic that is mostly zero has no median distance: a part of its spread stands in.
-        self.scale.copy_(torch.maximum(distance, 0.01 * spread) if inputs == "squashed" else LINEAR * spread)
+        scale.copy_(torch.maximum(distance, 0.01 * spread) if inputs == "squashed" else LINEAR * spread)
         if inputs == "raw":
-            self.centre.zero_()
-            self.mean.zero_()
-            self.deviation.copy_(1 / self.scale)
+            centre.zero_()
+            mean.zero_()
+            deviation.copy_(1 / scale)
             return
-        squashed = _asinh((x - self.centre) / self.scale)
-        self.mean.copy_(squashed.mean(dim=2, keepdim=True))
-        self.deviation.copy_(squashed.std(dim=2, keepdim=True).clamp(min=1e-3))
+        squashed = _asinh((x - centre) / scale)
+        mean.copy_(squashed.mean(dim=1, keepdim=True))
+        deviation.copy_(squashed.std(dim=1, keepdim=True).clamp(min=1e-3))
 
     def part(self, layer: int) -> Scorer:
         """Return the scorer of one layer, its layer 0; it shares memory with this one, which learns with it."""

@@ -27,7 +27,8 @@ class DecodingArgs:
     model: str = "tiny"
     """The LLM: tiny, a directory, a hub id or a registered name."""
     traces: str = "recall+tracking+dialogue+reasoning"
-    """A trace family, several joined by +, a file or a registered name."""
+    """A trace family, several joined by +, a .txt or .jsonl file, hf: and the name of a Hugging Face dataset, or a
+    registered name."""
     trace_length: int = 512
     """Tokens of a trace."""
     interval: int = 16
@@ -224,7 +225,10 @@ class PPO(LearnerArgs):
 
     def build(self) -> Learner:
         """Return the learner at its start."""
-        return ppo.PPOLearner(self.env.make(), self.learner)
+        env = self.env.make()
+        source, limits = env.dynamics.source, replace(env.dynamics.limits, budget=max(self.budgets()))
+        limits.check_traces([source[i] for i in range(source.size or 0)])
+        return ppo.PPOLearner(env, self.learner)
 
 
 LEARNERS: dict[str, type[LearnerArgs]] = {kind.name: kind for kind in (Imitation, KVP, GRPO, PPO)}

@@ -18,6 +18,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from agents.base import Policy
+from agents.episodes import CALIBRATED_ON, CALIBRATED_PAIRS
 from agents.scorer import Scorer
 from experiments.cli import run
 from experiments.learners import GRPO, Imitation, LearnerArgs
@@ -163,6 +164,12 @@ class Shapes:
             "a decision": decision * (3 * self.width + 6 * self.args.learner.hidden),
         }
 
+    def calibration(self) -> dict[str, int]:
+        """Return the bytes of the features that a new scorer's input constants are taken from, and of that work."""
+        pairs = min(CALIBRATED_PAIRS, self.args.learner.num_traces * CALIBRATED_ON * self.capacity)
+        # Of every layer the features, of one at a time half a dozen more while they are squashed.
+        return {"calibration": pairs * self.heads * self.width * 4 * (self.layers + 6)}
+
 
 def cache_tensors(cache: SlotCache) -> Iterator[torch.Tensor]:
     """Yield the tensors of a cache that grow with its rows."""
@@ -199,14 +206,15 @@ def _imitation(shapes: Shapes) -> Stage:
     # Two passes with the full cache; pairs are scored forward and backward.
     flops = rows * (2 * shapes.full() + shapes.evicting(scorings=3))
     utilities = shapes.layers * rows * shapes.heads * (length // shapes.interval + 1) * length * 4
-    return Stage("imitation", config.updates, flops, 3 * rows * length, shapes.common(rows) | {"utilities": utilities})
+    memory = shapes.common(rows) | {"utilities": utilities} | shapes.calibration()
+    return Stage("imitation", config.updates, flops, 3 * rows * length, memory)
 
 
 def _grpo(shapes: Shapes) -> Stage:
     """Return what GRPO takes: rollouts, their replay, and the full-cache losses of every trace."""
     config, length = shapes.args.learner, shapes.length
     rollouts = config.num_traces * config.group
-    rows = (config.at_once or config.num_traces) * config.group
+    at_once = config.at_once or config.num_traces
     full = 2 if config.credit == "attention" else 1
     # Sampled once; replayed forward and backward, beside the reference.
     flops = (
@@ -216,7 +224,9 @@ def _grpo(shapes: Shapes) -> Stage:
     # Of every evicted pair its position and the log-probability of its going.
     evicted = rollouts * shapes.layers * shapes.heads * max(0, length - shapes.capacity) * 8
     tokens = (2 * rollouts + full * config.num_traces) * length
-    return Stage("grpo", config.updates, flops, tokens, shapes.common(rows) | {"evictions": evicted})
+    update = shapes.common(at_once * config.group) | {"evictions": evicted}
+    building = shapes.common(at_once) | shapes.calibration()
+    return Stage("grpo", config.updates, flops, tokens, max(update, building, key=lambda held: sum(held.values())))
 
 
 def make_table(stages: Sequence[Stage], tflops: float) -> Table:

@@ -25,7 +25,8 @@ class Args:
     out: Path = Path("runs/store")
     """Directory of the store."""
     traces: str = "recall+tracking+dialogue+reasoning"
-    """A trace family, several joined by +, a file or a registered name."""
+    """A trace family, several joined by +, a .txt or .jsonl file, hf: and the name of a Hugging Face dataset, or a
+    registered name."""
     split: str = "train"
     """Split of the traces: train, validation or test."""
     num_traces: int = 200

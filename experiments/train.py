@@ -48,9 +48,11 @@ def parse(arguments: Sequence[str]) -> LearnerArgs:
         # An unknown preset is tyro's to refuse.
         known: Any = preset if preset in get_args(PresetName) else "none"
         return tyro.cli(LEARNERS[name], args=rest, default=default_arguments(name, known), prog=prog)
-    config = read_config(Path(resume))
+    config, out = read_config(Path(resume)), _option(rest, "--out")
     if config["learner"] != name:
         raise ValueError(f"--resume {resume}: that is a run of {config['learner']}, not of {name}")
+    if out is not None and Path(out).resolve() != Path(resume).resolve():
+        raise ValueError(f"--out {out}: the run has its directory, {resume}, and goes on there")
     saved = from_json(default_arguments(name), config["arguments"])
     return tyro.cli(LEARNERS[name], args=rest, default=saved, prog=prog)
 
@@ -75,15 +77,17 @@ def train(args: LearnerArgs, part_of: Path | None = None) -> Path:
     _check(args)
     if args.run.resume is not None:
         _refuse_changes(args)
+    first = args.first_stage(args.run.resume or args.run.out)
+    begun = args.run.resume is not None and bool(checkpoints(args.run.resume / CHECKPOINTS))
+    started = args.after(first.run.out / POLICY) if first is not None and begun else args
     # Both are made before the directory is: they find what is impossible.
-    learner, validation = args.build(), args.validation() if args.run.eval_every else None
+    learner, validation = started.build(), args.validation() if args.run.eval_every else None
     run = Run.create(args.run.out, args.name, args) if args.run.resume is None else Run(args.run.resume)
-    first = args.first_stage(run.directory)
-    if first is not None and not checkpoints(run.directory / CHECKPOINTS):
-        learner = args.after(train_whole(first, run.directory)).build()
     if args.run.resume is not None:
         run.restore(learner)
         _extend(run, args.learner.updates, learner.done)
+    if first is not None and not begun:
+        learner = args.after(train_whole(first, run.directory)).build()
     with Interruption() as interruption, run.writing(learner.done):
         if learner.done == 0 and validation:
             run.log(0, *_validate(validation, learner))
@@ -146,7 +150,8 @@ def _refuse_changes(args: LearnerArgs) -> None:
         return
     saved = from_json(default_arguments(args.name), read_config(args.run.resume)["arguments"])
     for argument, (was, now) in changed(to_json(saved), to_json(args)).items():
-        if argument not in ("resume", "updates"):
+        # The directory may have moved since, or be spelled otherwise.
+        if argument not in ("resume", "out", "updates"):
             option = argument.replace("_", "-")
             raise ValueError(f"--{option} {now}: the run has {was}, and a resumed run keeps its arguments")
 

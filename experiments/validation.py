@@ -36,7 +36,7 @@ class Validation:
     Raises
     ------
     ValueError
-        If a budget is impossible with the first of them.
+        If a budget is impossible with one of them.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Validation:
         )
         self.interval, self.budgets, self.protection = interval, budgets, Protection(sinks, recent)
         self.trace_ids = range(min(num_traces, self.source.size or num_traces))
+        measured = [self.source[trace_id] for trace_id in self.trace_ids]
         for budget in budgets:
-            limits = Limits(trace_length, budget, interval, True, self.protection)
-            limits.check_trace(self.source[self.trace_ids[0]], budget, budget + interval)
+            Limits(trace_length, budget, interval, True, self.protection).check_traces(measured)
 
     def measure(self, policy: Policy) -> dict[str, float]:
         """Return the means over traces and budgets as ``eval/...``."""

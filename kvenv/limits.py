@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +101,25 @@ class Limits:
         if length < anchor + 2:
             what = f"budget {budget} and interval {self.interval}" if self.periodic else f"a prompt of {anchor}"
             raise ValueError(f"{name} has {length} tokens: with {what} it needs at least {anchor + 2}")
+
+    def check_traces(self, traces: Sequence[Trace]) -> None:
+        """Refuse traces if one of them can't be decoded with the budget under the schedule ``periodic``.
+
+        Raises
+        ------
+        ValueError
+            Naming the first, and how many are too short.
+        """
+        least = self.budget + self.interval + 2
+        short = [trace for trace in traces if len(trace.tokens) < least]
+        if short:
+            raise ValueError(
+                f"trace {short[0].name!r} has {len(short[0].tokens)} tokens: with budget {self.budget} and interval "
+                f"{self.interval} it needs at least {least}, and {len(short)} of {len(traces)} traces have fewer; "
+                f"choose smaller budgets, or leave out traces shorter than {least} tokens"
+            )
+        for trace in traces:
+            self.check_trace(trace, self.budget, self.budget + self.interval)
 
 
 def observation_nbytes(layers: int, heads: int, slots: int, width: int) -> int:

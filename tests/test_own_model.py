@@ -47,6 +47,29 @@ def run(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def interrupt(patch: pytest.MonkeyPatch, learner: str, done: int, directory: Path, out: Path) -> None:
+    """Make the run of the recipe, but let a signal come in an update of one of its stages."""
+    advance = train._advance
+
+    def interrupted(running: Any, learning: Any, validation: Any, args: Any, interruption: Any) -> bool:
+        if (learning.name, learning.done) == (learner, done):
+            interruption.signal = 2
+        return advance(running, learning, validation, args, interruption)
+
+    with patch.context() as patched:
+        patched.setattr(train, "_advance", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            train.main(arguments(directory, out))
+    assert stopped.value.code == 130
+
+
+def assert_same_policies(one: Path, two: Path) -> None:
+    """Compare what both stages of two runs became."""
+    for stage in ("imitation/policy", "policy"):
+        whole, other = weights(agents.make(one / stage)), weights(agents.make(two / stage))
+        assert all(torch.equal(whole[name], other[name]) for name in whole)
+
+
 def weights(policy: Any) -> dict[str, torch.Tensor]:
     return dict(policy.scorer.state_dict())
 
@@ -112,23 +135,68 @@ def test_it_is_evaluated_on_the_papers_tasks(directory: Path, run: Path, tmp_pat
 def test_what_is_interrupted_in_its_first_stage_is_resumed_by_its_own_name(
     directory: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, advance = tmp_path / "grpo", train._advance
-
-    def interrupted(running: Any, learner: Any, validation: Any, args: Any, interruption: Any) -> bool:
-        if learner.name == "imitation" and learner.done == 1:
-            interruption.signal = 2
-        return advance(running, learner, validation, args, interruption)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "_advance", interrupted)
-        with pytest.raises(SystemExit) as stopped:
-            train.main(arguments(directory, out))
-    assert stopped.value.code == 130
+    out = tmp_path / "grpo"
+    interrupt(monkeypatch, "imitation", 1, directory, out)
     assert f"imitation: 2 updates are saved, go on with --resume {out}\n" in capsys.readouterr().err
     train.main(["--resume", str(out)])
-    for stage in ("imitation/policy", "policy"):
-        whole, resumed = weights(agents.make(run / stage)), weights(agents.make(out / stage))
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_same_policies(run, out)
+
+
+def test_a_first_stage_goes_on_wherever_its_directory_is(
+    directory: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    interrupt(monkeypatch, "imitation", 1, directory, Path("begun"))
+    Path("begun").rename("moved")
+    with pytest.raises(ValueError, match="--out begun: the run has its directory, moved, and goes on there"):
+        train.main(["--resume", "moved", "--out", "begun"])
+    train.main(["--resume", str(tmp_path / "moved"), "--out", "moved"])
+    assert_same_policies(run, tmp_path / "moved")
+    assert not Path("begun").exists()
+
+
+def test_another_number_of_updates_is_refused_before_the_first_stage_goes_on(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "grpo"
+    interrupt(monkeypatch, "imitation", 1, directory, out)
+    before = (out / "imitation" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="--updates 9: the run has made 0 of its 3 updates; finish it"):
+        train.main(["--resume", str(out), "--updates", "9"])
+    assert (out / "imitation" / "metrics.jsonl").read_text() == before
+
+
+def test_a_policy_says_what_it_started_from_after_a_resume_too(
+    directory: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "grpo"
+    interrupt(monkeypatch, "grpo", 0, directory, out)
+    train.main(["--resume", str(out)])
+    for where in (run, out):
+        described = json.loads((where / "policy" / "policy.json").read_text())
+        assert described["training"]["init"] == str(where / "imitation" / "policy")
+    assert_same_policies(run, out)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["imitation", "--budgets", str(BUDGET)],
+        ["ppo", "--budget", str(BUDGET), "--num-envs", "2"],
+        ["imitation", "--budgets", "8", "--eval-budgets", str(BUDGET)],
+    ],
+)
+def test_short_traces_are_told_before_anything_is_trained(directory: Path, tmp_path: Path, others: list[str]) -> None:
+    tokens = {"input_ids": list(range(3, 9)) * 5}
+    traces = (directory.parent / "traces.jsonl").read_text() + json.dumps(tokens) + "\n"
+    (tmp_path / "traces.jsonl").write_text(traces)
+    least = BUDGET + INTERVAL + 2
+    with pytest.raises(ValueError, match=f"traces.jsonl:7' has 30 tokens: .*1 of 7 traces .* shorter than {least} "):
+        train.main([
+            *others, "--model", str(directory), "--traces", str(tmp_path / "traces.jsonl"), "--trace-length", "160",
+            "--interval", str(INTERVAL), "--sinks", "2", "--recent", "4", "--out", str(tmp_path / "run"),
+        ])  # fmt: skip
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

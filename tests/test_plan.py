@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,30 +57,60 @@ def test_the_work_is_what_is_counted(name: str, tmp_path: Path) -> None:
     assert stage.flops == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
-def prepared_update(learner: str, model: Path, length: int, others: tuple[str, ...]) -> Callable[[], object]:
-    """Return an update to be measured, in a process of its own; the LLM is there before."""
+def prepared_training(learner: str, model: Path, length: int, others: tuple[str, ...]) -> Callable[[], object]:
+    """Return a learner's building and first update to be measured, in a process of its own.
+
+    The LLM is there before, and a small training has loaded whatever code is needed.
+    """
     torch.set_num_threads(1)
-    return arguments(learner, model, length, *others).build().update
+    arguments(learner, model, 128, *others, "--budgets", "32", "--num-traces", "1").build().update()
+    return lambda: arguments(learner, model, length, *others).build().update()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["imitation", "grpo"])
-def test_the_memory_is_what_a_process_takes(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("learner", "length", "others"),
+    [
+        ("imitation", 1024, LEARNERS["imitation"]),
+        ("grpo", 1024, LEARNERS["grpo"]),
+        ("grpo", 320, ["--group", "2", "--num-traces", "16", "--at-once", "1", "--budgets", "256"]),
+    ],
+)
+def test_the_memory_is_what_a_process_takes(learner: str, length: int, others: list[str], tmp_path: Path) -> None:
     model = make_model(tmp_path, hidden_size=512, intermediate_size=1536, head_dim=128)
-    learner, others = name.split()[0], LEARNERS[name]
-    (stage,) = plan(arguments(learner, model, 1024, *others))
+    (stage,) = plan(arguments(learner, model, length, *others))
     said = sum(stage.memory.values()) - stage.memory["weights"]
-    found = peak(prepared_update, learner, model, 1024, tuple(others), device="cpu")
+    found = peak(prepared_training, learner, model, length, tuple(others), device="cpu")
     assert 0.5 < said / found < 2, f"{said / 1e6:.0f} MB were said, {found / 1e6:.0f} MB taken"
 
 
+QWEN3_4B = {
+    "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    "max_position_embeddings": 40960, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_readme_says_what_its_command_computes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    given = re.search(r"^kvenv plan (grpo [^#]*)#", readme, re.MULTILINE)
+    assert given is not None
+    argv = given[1].replace("\\\n", " ").replace("Qwen/Qwen3-4B", str(tmp_path)).split()
+    first, second = plan(parse(argv))
+    said = re.search(
+        r"computes ([\d.]+) GB of tensors and ([\d.]+) hours for the imitation, ([\d.]+) GB and ([\d.]+) hours for GRPO",
+        " ".join(readme.split()),
+    )
+    assert said is not None
+    gigabytes = [sum(stage.memory.values()) / 1e9 for stage in (first, second)]
+    hours = [stage.hours(command.REACHED) for stage in (first, second)]
+    assert [float(said[1]), float(said[3])] == [round(x) for x in gigabytes]
+    assert [float(said[2]), float(said[4])] == [round(hours[0], 1), round(hours[1])]
+
+
 def test_a_preset_is_planned_with_its_first_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = {
-        "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-        "max_position_embeddings": 40960, "tie_word_embeddings": True,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))  # nothing else: no weights, no tokenizer
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))  # nothing else: no weights, no tokenizer
     argv = [
         "grpo",
         "--preset",

@@ -93,3 +93,9 @@ def test_errors_are_one_line(
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_help_names_all_kinds_of_traces(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        record.main(["--help"])
+    assert "hf:" in capsys.readouterr().out

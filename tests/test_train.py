@@ -281,6 +281,7 @@ def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
         text = capsys.readouterr().out
         assert "--updates" in text
         assert "--resume" in text
+        assert "hf:" in re.split(r"\n(?=[│ ]*--[a-z])", text.split("--traces ")[1])[0]
         for block in re.split(r"\n(?=[│ ]*--[a-z])", text)[1:]:
             assert explained(block), f"{name}: no help for {block.splitlines()[0]}"
     assert not explained(
