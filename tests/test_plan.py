@@ -99,7 +99,7 @@ def test_readme_says_what_its_command_computes(tmp_path: Path) -> None:
     argv = given[1].replace("\\\n", " ").replace("Qwen/Qwen3-4B", str(tmp_path)).split()
     first, second = plan(parse(argv))
     said = re.search(
-        r"computes ([\d.]+) GB of tensors and ([\d.]+) hours for the imitation, ([\d.]+) GB and ([\d.]+) hours for GRPO",
+        r"computes (\S+) GB of tensors and (\S+) hours for the imitation, (\S+) GB and (\S+) hours for GRPO",
         " ".join(readme.split()),
     )
     assert said is not None
