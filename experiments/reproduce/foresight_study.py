@@ -131,20 +131,8 @@ class Size:
     noise_seeds: tuple[int, ...] = (0,)
 
 
-class ForesightStudy(Study):
-    """All jobs, and what they wrote.
-
-    Parameters
-    ----------
-    out : Path
-        Where everything is.
-    size : Size
-        How much.
-    """
-
-    def __init__(self, out: Path, size: Size) -> None:
-        super().__init__(out)
-        self.size = size
+class ForesightStudy(Study[Size]):
+    """All jobs, and what they wrote."""
 
     def jobs(self) -> list[Job]:
         """Return all jobs."""

@@ -24,13 +24,12 @@ from experiments.reproduce.page import (
     committed,
     committed_claims,
     direction,
-    made_by,
+    publish,
     ratio,
     shown,
 )
 from experiments.reproduce.study import FAMILIES
 from experiments.reproduce.verdicts import Measured
-from experiments.tables import wide_console
 from kvenv.rewards import LOW_ENTROPY_SHARE
 
 COMMAND = "python -m experiments.reproduce foresightkv"
@@ -314,11 +313,7 @@ def page(study: ForesightStudy) -> Page:
 
 def reproduce(args: Args, command: str) -> None:
     """Do what isn't done, and write the page; ``command`` is what it says that it was made with."""
-    study = ForesightStudy(args.out, args.size)
-    study.carry_out(args.processes)
-    made = made_by(command, trained_at=study.commits(), size=study.terms(), minutes=sum(study.times().values()) / 60)
-    for path in page(study).write("foresightkv", args.out, made, ship=args.ship):
-        wide_console().print(f"page: {path}", soft_wrap=True)
+    publish("foresightkv", ForesightStudy(args.out, args.size), page, args, command)
 
 
 def _order(of: Mapping[str, float]) -> str:

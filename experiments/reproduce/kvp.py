@@ -24,13 +24,12 @@ from experiments.reproduce.page import (
     claimed_means,
     committed_claims,
     direction,
-    made_by,
+    publish,
     shown,
 )
 from experiments.reproduce.rank_costs import ORACLE
 from experiments.reproduce.study import FAMILIES
 from experiments.reproduce.verdicts import Measured
-from experiments.tables import wide_console
 
 COMMAND = "python -m experiments.reproduce kvp"
 AGENT = "kvp-tiny"
@@ -294,11 +293,7 @@ def page(study: KVPStudy) -> Page:
 
 def reproduce(args: Args, command: str) -> None:
     """Do what isn't done, and write the page; ``command`` is what it says that it was made with."""
-    study = KVPStudy(args.out, args.size)
-    study.carry_out(args.processes)
-    made = made_by(command, trained_at=study.commits(), size=study.terms(), minutes=sum(study.times().values()) / 60)
-    for path in page(study).write("kvp", args.out, made, ship=args.ship):
-        wide_console().print(f"page: {path}", soft_wrap=True)
+    publish("kvp", KVPStudy(args.out, args.size), page, args, command)
 
 
 def _cost(values: np.ndarray) -> np.ndarray:

@@ -76,20 +76,8 @@ class Size:
     cost_budgets: tuple[int, ...] = (32, 64, 96)
 
 
-class KVPStudy(Study):
-    """All jobs, and what they wrote.
-
-    Parameters
-    ----------
-    out : Path
-        Where everything is.
-    size : Size
-        How much.
-    """
-
-    def __init__(self, out: Path, size: Size) -> None:
-        super().__init__(out)
-        self.size = size
+class KVPStudy(Study[Size]):
+    """All jobs, and what they wrote."""
 
     def jobs(self) -> list[Job]:
         """Return all jobs."""

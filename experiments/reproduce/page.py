@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 import experiments
 from experiments.comparison import RESAMPLES, Estimate, estimate, weights
 from experiments.reproduce.figures import SOURCES, Figure
+from experiments.reproduce.study import Study
 from experiments.runs import commit
+from experiments.tables import wide_console
 from kvenv.files import write_atomic
 
+S = TypeVar("S", bound=Study[Any])
 RESULTS = Path(experiments.__file__).parent / "results"
 SAME, NOT, NONE = "same direction", "not", "no counterpart"
 """Verdicts; what follows a colon says more."""
@@ -146,6 +150,14 @@ class Page:
 def made_by(command: str, **terms: Any) -> dict[str, Any]:
     """Return how a page was made: command, date, commit and ``terms``."""
     return {"command": command, "date": datetime.now(timezone.utc).date().isoformat(), "commit": commit(), **terms}
+
+
+def publish(name: str, study: S, page: Callable[[S], Page], args: Any, command: str) -> None:
+    """Do what a study hasn't done, and write its page; ``command`` is what it says that it was made with."""
+    study.carry_out(args.processes)
+    made = made_by(command, trained_at=study.commits(), size=study.terms(), minutes=sum(study.times().values()) / 60)
+    for path in page(study).write(name, args.out, made, ship=args.ship):
+        wide_console().print(f"page: {path}", soft_wrap=True)
 
 
 def committed(name: str) -> dict[str, Any]:

@@ -78,20 +78,8 @@ class Size:
     updates: tuple[int, int, int, int] = (96, 60, 500, 40)
 
 
-class Plan(Study):
-    """All jobs of the claims, and the rows that they wrote.
-
-    Parameters
-    ----------
-    out : Path
-        Where everything is.
-    size : Size
-        How much.
-    """
-
-    def __init__(self, out: Path, size: Size) -> None:
-        super().__init__(out)
-        self.size = size
+class Plan(Study[Size]):
+    """All jobs of the claims, and the rows that they wrote."""
 
     def jobs(self) -> list[Job]:
         """Return all jobs; what others wait for comes first."""

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from experiments import evaluate, record
 from experiments.jobs import Job, read_times, run_jobs
@@ -24,6 +24,7 @@ from kvenv.models import load_model
 from kvenv.traces import load_traces
 
 FAMILIES = ("recall", "tracking", "dialogue", "reasoning")
+S = TypeVar("S")
 MEASURED_TOGETHER = 3
 """Policies that a job measures."""
 
@@ -56,17 +57,19 @@ class Contestant:
         return next(iter(evaluate.make_policies((self.policy,), device).values()))
 
 
-class Study(ABC):
+class Study(ABC, Generic[S]):
     """Jobs in a directory: ``runs/``, ``stores/``, ``rows/``, ``done/``, ``times.json``, and ``size.json``.
 
     Parameters
     ----------
     out : Path
         The directory.
+    size : dataclass
+        How much is trained and measured.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, size: S) -> None:
+        self.out, self.size = out, size
 
     @abstractmethod
     def jobs(self) -> list[Job]:
