@@ -18,7 +18,7 @@ from kvenv.features import FeatureSet
 from kvenv.golden import FutureAttention, future_attention
 from kvenv.layerwise import Policy, Rollout, rollout
 from kvenv.limits import Limits
-from kvenv.models import check_positions
+from kvenv.models import check_positions, check_tokens
 from kvenv.state import LayerState, Protection
 from kvenv.traces import Trace, TraceSource
 
@@ -73,6 +73,8 @@ class Episodes:
         traces = [self.source[i] for i in range(self.source.size or 0)]
         longest = max((len(trace.tokens) for trace in traces), default=0)
         check_positions(self.model, longest, type(self.model).__name__)
+        for trace in traces:
+            check_tokens(self.model, trace.tokens, f"trace {trace.name!r}")
         for budget in sorted(budgets, reverse=True):
             Limits(max(longest, 2), budget, self.interval, True, self.protection).check_traces(traces)
 
@@ -89,6 +91,7 @@ class Episodes:
         limits = Limits(max(len(trace.tokens) for trace in traces), budget, self.interval, True, self.protection)
         for trace in traces:
             limits.check_trace(trace, budget, budget + self.interval)
+            check_tokens(self.model, trace.tokens, f"trace {trace.name!r}")
         return traces
 
     def future(self, traces: Sequence[Trace], budget: int) -> FutureAttention:

@@ -18,7 +18,7 @@ from experiments.evaluate import make_policies
 from kvenv.answering import check_sampling
 from kvenv.generation import EvictingCache
 from kvenv.identity import cache_shape
-from kvenv.models import LoadedModel, load_model
+from kvenv.models import LoadedModel, check_tokens, load_model
 from kvenv.state import Protection
 from kvenv.tasks.prompt import Framer
 
@@ -125,6 +125,7 @@ def encode(args: Args, loaded: LoadedModel) -> Tensor:
         raise ValueError(
             f"the tokenizer of model {loaded.name!r} doesn't know {' '.join(unknown[:5])!r}: say it otherwise"
         )
+    check_tokens(loaded.model, ids, "the prompt")
     loaded.check_length(len(ids) + args.max_new_tokens, "the number of tokens of prompt and answer,")
     return torch.tensor([ids], device=loaded.model.device)
 

@@ -27,7 +27,7 @@ from kvenv.evaluation import Row, check_cells, kept_fraction
 from kvenv.generation import EvictingCache
 from kvenv.identity import check_policy
 from kvenv.layerwise import Policy, rollout
-from kvenv.models import check_positions
+from kvenv.models import check_positions, check_tokens
 from kvenv.state import Protection
 from kvenv.tasks.base import Choice, ChoiceTask, Question, QuestionTask, Score
 from kvenv.traces import Trace
@@ -92,6 +92,7 @@ class Decoding:
         """
         if not example.context or (self.held_out and not example.question):
             raise ValueError(f"{example.name}: the {'question' if example.context else 'prompt'} is empty")
+        check_tokens(model, example.context + example.question, example.name)
         most = example.max_new_tokens if isinstance(example, Question) else max(map(len, example.options))
         length = len(example.context) + len(example.question) + most
         check_positions(model, length, type(model).__name__, f"{example.name}: the length with its answer,")

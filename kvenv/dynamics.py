@@ -17,7 +17,7 @@ from kvenv.golden import Reduce
 from kvenv.graphs import Call, Graphs, refuse_what_cannot_be_captured
 from kvenv.limits import Limits, observation_nbytes, refuse_what_cannot_fit
 from kvenv.lookahead import KINDS, FullRows, FutureRows, Kind
-from kvenv.models import LoadedModel
+from kvenv.models import LoadedModel, check_tokens
 from kvenv.rewards import WindowLosses
 from kvenv.snapshot import Counters, Snapshot
 from kvenv.state import NEEDS, LayerState
@@ -394,10 +394,4 @@ class Dynamics:
     def _check_trace(self, trace: Trace, budget: int) -> None:
         """Refuse a trace that can't be decoded with this budget or by this model."""
         self.limits.check_trace(trace, budget, self.capacity)
-        smallest, largest = trace.tokens.min(), trace.tokens.max()
-        vocabulary = self.model.config.get_text_config().vocab_size
-        if smallest < 0 or largest >= vocabulary:
-            raise ValueError(
-                f"trace {trace.name!r} has token ids {smallest} to {largest}: model {self.loaded.name!r} knows 0 to "
-                f"{vocabulary - 1}"
-            )
+        check_tokens(self.model, trace.tokens, f"trace {trace.name!r}", self.loaded.name)

@@ -14,6 +14,7 @@ from kvenv.golden import FutureAttention, expected_future, future_attention
 from kvenv.identity import check_policy
 from kvenv.layerwise import Policy, check_budget, first_decisions, rollout
 from kvenv.lookahead import resampled
+from kvenv.models import check_tokens
 from kvenv.rewards import low_entropy
 from kvenv.state import Protection
 from kvenv.traces import Trace, TraceSource
@@ -238,6 +239,7 @@ class _Batch:
         self.traces = [source[trace_id] for trace_id in ids]
         for trace in self.traces:
             setting.check(trace)
+            check_tokens(model, trace.tokens, f"trace {trace.name!r}")
         self._golden: dict[int, FutureAttention] = {}
         self._expected: dict[int, FutureAttention] = {}
         self._full: list[_TraceLosses] = []

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kvenv.cache import SlotCache
 from kvenv.decode import Batch, Losses, collate, feed
 from kvenv.golden import FutureAttention
-from kvenv.models import check_positions
+from kvenv.models import check_positions, check_tokens
 from kvenv.ranking import eviction_order
 from kvenv.state import LayerState, Protection
 from kvenv.traces import SCHEDULES, Trace
@@ -175,8 +175,8 @@ def rollout(
     Raises
     ------
     ValueError
-        If there is no trace, one is longer than the model's positions, the model isn't on kvenv's attention or is
-        refused by the policy, a budget is impossible or a policy's need is missing.
+        If there is no trace, one is longer than the model's positions or has tokens that it doesn't know, the model
+        isn't on kvenv's attention, a budget is impossible or a policy's need is missing.
     """
     if not traces:
         raise ValueError("traces are none: give at least one")
@@ -184,6 +184,7 @@ def rollout(
     protection = protection or Protection(recent=interval)
     for trace in traces:
         check_budget(budget, protection, trace, interval)
+        check_tokens(model, trace.tokens, f"trace {trace.name!r}")
     for need, given in (("future", future), ("expected_future", expected_future)):
         if need in policy.needs and given is None:
             raise ValueError(f"policy {policy.name!r} needs {need}: pass {need}=")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -79,6 +80,25 @@ def check_positions(model: PreTrainedModel, tokens: int, name: str, what: str = 
     positions = model.config.get_text_config().max_position_embeddings
     if tokens > positions:
         raise ValueError(f"{what} {tokens} exceeds the {positions} positions of model {name!r}")
+
+
+def check_tokens(
+    model: PreTrainedModel, tokens: Sequence[int] | np.ndarray, what: str, name: str | None = None
+) -> None:
+    """Refuse tokens that a model doesn't know.
+
+    Raises
+    ------
+    ValueError
+        Naming them and what it knows.
+    """
+    smallest, largest = int(np.min(tokens)), int(np.max(tokens))
+    known = model.config.get_text_config().vocab_size
+    if smallest < 0 or largest >= known:
+        raise ValueError(
+            f"{what} has token ids {smallest} to {largest}: model {(name or type(model).__name__)!r} knows 0 to "
+            f"{known - 1}; is the tokenizer another model's?"
+        )
 
 
 def load_model(

@@ -16,6 +16,7 @@ from experiments import evaluate, generate, train
 from experiments.results import read_rows
 from experiments.runs import read_config
 from tests.local_model import TEXT, make_model, make_traces
+from tests.models import random_model
 
 BUDGET, INTERVAL = 24, 8
 
@@ -246,3 +247,31 @@ def test_thoughts_and_texts_have_a_prompt_where_it_is_asked_for(directory: Path,
     rows = read_rows(tmp_path / "out" / "results.json")
     assert {(row.schedule, row.score_from) for row in rows} == {("prefill", 100)}
     assert all((row.kept_fraction == 1) == (row.policy == "full") for row in rows)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [generate, TEXT],
+        [evaluate, "--tasks", "perplexity/text", "--trace-length", "200", "--budgets", "24", "--num-traces", "1"],
+        [evaluate, "--tasks", "reasoning/aime24", "--trace-length", "200", "--budgets", "24", "--num-traces", "1"],
+        [train, "imitation", "--trace-length", "160", "--interval", "8", "--recent", "8", "--budgets", "24"],
+    ],
+    ids=["generate", "traces", "questions", "train"],
+)
+def test_a_tokenizer_of_another_model_is_told(argv: list[Any], directory: Path, tmp_path: Path) -> None:
+    """The model has fewer tokens than its tokenizer."""
+    command, *options = argv
+    random_model("qwen3", torch.float32).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(f"{TEXT} " * 40)
+    (tmp_path / "aime24.jsonl").write_text('{"problem": "What is 1 + 1?", "answer": "2"}\n')
+    if command is evaluate:
+        options += ["--task-data", str(tmp_path), "--policies", "full", "--out", str(tmp_path / "out")]
+    if command is train:
+        options += ["--traces", str(directory.parent / "traces.jsonl"), "--out", str(tmp_path / "out")]
+    with pytest.raises(
+        ValueError, match=r"has token ids \d+ to \d+: .* knows 0 to 63; is the tokenizer another model's"
+    ):
+        command.main([*options, "--model", str(tmp_path / "model")])
+    assert not (tmp_path / "out").exists()
