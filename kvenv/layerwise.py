@@ -176,7 +176,7 @@ def rollout(
     ------
     ValueError
         If there is no trace, one is longer than the model's positions or has tokens that it doesn't know, the model
-        isn't on kvenv's attention, a budget is impossible or a policy's need is missing.
+        isn't on kvenv's attention or is refused by the policy, a budget is impossible or a policy's need is missing.
     """
     if not traces:
         raise ValueError("traces are none: give at least one")
