@@ -16,6 +16,7 @@ from agents.scorer import Inputs, Scorer
 from kvenv.attention import HandedCache
 from kvenv.features import FeatureSet
 from kvenv.golden import FutureAttention, future_attention
+from kvenv.identity import ModelIdentity
 from kvenv.layerwise import Policy, Rollout, rollout
 from kvenv.limits import Limits
 from kvenv.models import check_positions, check_tokens
@@ -54,6 +55,10 @@ class Episodes:
     def layers(self) -> int:
         """Layers of the LLM."""
         return HandedCache(self.model).num_layers
+
+    def trained_for(self, budgets: Sequence[int]) -> dict[str, Any]:
+        """Return what a policy that learns here says it was trained for: the LLM, budgets and the interval."""
+        return {"model": ModelIdentity.of(self.model), "budgets": budgets, "interval": self.interval}
 
     def scorer(self, features: FeatureSet, hidden: int, depth: int, seed: int) -> Scorer:
         """Return a scorer of random weights for this LLM."""

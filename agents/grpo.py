@@ -37,7 +37,6 @@ from agents.schedule import warm_cosine
 from agents.scorer import ScorerPolicy
 from kvenv import plackett_luce
 from kvenv.features import feature_set
-from kvenv.identity import ModelIdentity
 from kvenv.registry import REWARDS
 from kvenv.rewards import WindowLosses
 from kvenv.state import LayerState, Protection
@@ -216,15 +215,8 @@ class GRPOLearner(Learner):
     def policy(self) -> ScorerPolicy:
         """The policy as trained so far; it evicts what scores lowest."""
         training = {"learner": self.name, "updates_done": self.done, **asdict(self.config)}
-        return ScorerPolicy(
-            self.scorer,
-            self.features.name,
-            self.name,
-            training,
-            model=ModelIdentity.of(self.episodes.model),
-            budgets=self.config.budgets,
-            interval=self.episodes.interval,
-        )
+        known = self.episodes.trained_for(self.config.budgets)
+        return ScorerPolicy(self.scorer, self.features.name, self.name, training, **known)
 
     def update(self) -> dict[str, float]:
         """Roll out, compare, replay and step."""

@@ -26,7 +26,6 @@ from agents.returns import rollout_metrics, window_losses
 from agents.schedule import follow, warm_cosine
 from agents.scorer import Inputs, Scorer, ScorerPolicy
 from kvenv.features import FeatureSet, feature_set
-from kvenv.identity import ModelIdentity
 from kvenv.registry import REWARDS
 from kvenv.state import LayerState, Protection
 from kvenv.traces import TraceSource
@@ -273,15 +272,8 @@ class ImitationLearner(Learner):
     def policy(self) -> ScorerPolicy:
         """The policy as trained so far."""
         student, training = self.students[0], {"learner": self.name, "updates_done": self.done, **asdict(self.config)}
-        return ScorerPolicy(
-            student.mean,
-            student.features.name,
-            self.name,
-            training,
-            model=ModelIdentity.of(self.episodes.model),
-            budgets=self.config.budgets,
-            interval=self.episodes.interval,
-        )
+        known = self.episodes.trained_for(self.config.budgets)
+        return ScorerPolicy(student.mean, student.features.name, self.name, training, **known)
 
     def update(self) -> dict[str, float]:
         """Lead some traces from the first decision to the last, learn from each, and return the metrics."""

@@ -18,12 +18,13 @@ from agents import hub
 from experiments.progress import track
 from experiments.results import ANSWERS, RESULTS, Results, named
 from experiments.tables import report, wide_console
-from kvenv.answering import Answer, Decoding, answer, answerable, check_sampling
+from kvenv.answering import Answer, Decoding, answer, answerable
 from kvenv.evaluation import FULL, Row, evaluate
 from kvenv.identity import fingerprint
 from kvenv.layerwise import Policy
 from kvenv.models import LoadedModel, load_model
 from kvenv.registry import HUB_ID
+from kvenv.sampling import check_sampling
 from kvenv.state import Protection
 from kvenv.tasks import ChoiceTask, QuestionTask, Task, TaskSetting, TraceTask, load_tasks
 from kvenv.traces import load_traces

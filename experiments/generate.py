@@ -15,10 +15,10 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel, TextStrea
 
 from experiments.cli import run
 from experiments.evaluate import make_policies
-from kvenv.answering import check_sampling
 from kvenv.generation import EvictingCache
 from kvenv.identity import cache_shape
 from kvenv.models import LoadedModel, check_tokens, load_model
+from kvenv.sampling import check_sampling
 from kvenv.state import Protection
 from kvenv.tasks.prompt import Framer
 

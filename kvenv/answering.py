@@ -5,29 +5,21 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, PreTrainedModel
 
-from kvenv import noise
 from kvenv.decode import full_cache_losses
 from kvenv.evaluation import Row, check_cells, kept_fraction
 from kvenv.generation import EvictingCache
 from kvenv.identity import check_policy
 from kvenv.layerwise import Policy, rollout
 from kvenv.models import check_positions, check_tokens
+from kvenv.sampling import Sampling, check_sampling, own_settings
 from kvenv.state import Protection
 from kvenv.tasks.base import Choice, ChoiceTask, Question, QuestionTask, Score
 from kvenv.traces import Trace
@@ -88,7 +80,8 @@ class Decoding:
         Raises
         ------
         ValueError
-            If the prompt is empty, or longer than the model's positions together with its answer.
+            If the prompt is empty, has tokens that the model doesn't know, or is longer with its answer than the model's
+            positions.
         """
         if not example.context or (self.held_out and not example.question):
             raise ValueError(f"{example.name}: the {'question' if example.context else 'prompt'} is empty")
@@ -96,46 +89,6 @@ class Decoding:
         most = example.max_new_tokens if isinstance(example, Question) else max(map(len, example.options))
         length = len(example.context) + len(example.question) + most
         check_positions(model, length, type(model).__name__, f"{example.name}: the length with its answer,")
-
-
-def check_sampling(temperature: float, top_p: float) -> None:
-    """Refuse numbers that nothing can be sampled by.
-
-    Raises
-    ------
-    ValueError
-        If the temperature is below 0, or ``top_p`` no share above 0.
-    """
-    if not temperature >= 0:
-        raise ValueError(f"temperature {temperature} is impossible: it must be at least 0")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} is impossible: it must be a share above 0 of at most 1")
-
-
-class Sampling(LogitsProcessor):
-    """Lets the likeliest token be a sample, of which seed, example and place alone decide: no other row, no batch size.
-
-    Parameters
-    ----------
-    seed : int
-        Of the noise.
-    examples : sequence of int
-        Number of each row's example.
-    temperature, top_p : float
-        As in :class:`Decoding`.
-    """
-
-    def __init__(self, seed: int, examples: Sequence[int], temperature: float, top_p: float) -> None:
-        self.seed, self.examples, self.place = seed, torch.as_tensor(examples), 0
-        self._temperature, self._top_p = TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Return logits (N, V) with Gumbel noise (Gumbel-max)."""
-        logits = self._top_p(input_ids, self._temperature(input_ids, scores.float()))
-        token = torch.arange(logits.shape[-1], device=logits.device)
-        drawn = noise.uniform(self.seed, self.examples.to(logits.device)[:, None], self.place, token)
-        self.place += 1
-        return logits - (-drawn.log()).log()
 
 
 @dataclass(frozen=True)
@@ -352,7 +305,7 @@ class _Questions(_Batch[Question]):
             self.model(input_ids=ids[:, : len(self.examples[0].context)], past_key_values=cache, logits_to_keep=1)
         decoding = self.decoding
         sampling = [Sampling(seed, self.ids, decoding.temperature, decoding.top_p)] if decoding.temperature > 0 else []
-        with _own_settings(self.model, pad):
+        with own_settings(self.model, pad):
             out = cast(Any, self.model.generate)(
                 input_ids=ids,
                 attention_mask=mask,
@@ -366,17 +319,6 @@ class _Questions(_Batch[Question]):
         """Return the tokens that end an answer."""
         eos = self.model.generation_config.eos_token_id
         return set(eos) if isinstance(eos, list) else {eos}
-
-
-@contextmanager
-def _own_settings(model: Any, pad: int) -> Iterator[None]:
-    """Let a model generate greedily, whatever penalties and sampling its own settings have; only its ends stay."""
-    before = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=before.eos_token_id, pad_token_id=pad, do_sample=False)
-    try:
-        yield
-    finally:
-        model.generation_config = before
 
 
 class _Choices(_Batch[Choice]):

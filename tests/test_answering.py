@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import agents
-from kvenv.answering import Answer, Decoding, Sampling, answer
+from kvenv.answering import Answer, Decoding, answer
 from kvenv.layerwise import rollout
+from kvenv.sampling import Sampling
 from kvenv.state import Protection
 from kvenv.tasks import Choice, ChoiceTask, Question, QuestionTask
 from kvenv.traces import Trace
