@@ -80,8 +80,8 @@ class Decoding:
         Raises
         ------
         ValueError
-            If the prompt is empty, has tokens that the model doesn't know, or is longer with its answer than the model's
-            positions.
+            If the prompt is empty, has tokens that the model doesn't know, or is longer than its positions with its
+            answer.
         """
         if not example.context or (self.held_out and not example.question):
             raise ValueError(f"{example.name}: the {'question' if example.context else 'prompt'} is empty")
