@@ -30,11 +30,11 @@ import agents
 from agents.attention_credit import attention_credit
 from agents.checkpoint import module_state, optimizer_state, restore_module, restore_optimizer
 from agents.episodes import Episodes
-from agents.learner import Learner, State, check_numbers
+from agents.learner import Share, SharedLearner, State, check_numbers, total
 from agents.ranking_policy import Evictions, ReplayPolicy, SamplingPolicy
-from agents.returns import CREDITS, group_advantages, rollout_metrics, target_advantages, window_losses
+from agents.returns import CREDITS, group_advantages, rollout_metrics, rollout_sums, target_advantages, window_losses
 from agents.schedule import warm_cosine
-from agents.scorer import ScorerPolicy
+from agents.scorer import Scorer, ScorerPolicy
 from kvenv import plackett_luce
 from kvenv.features import feature_set
 from kvenv.registry import REWARDS
@@ -165,7 +165,7 @@ class Experience:
     seconds: float
 
 
-class GRPOLearner(Learner):
+class GRPOLearner(SharedLearner):
     """Trains a scorer by group-relative policy optimisation.
 
     Parameters
@@ -191,6 +191,7 @@ class GRPOLearner(Learner):
     """
 
     name: ClassVar[str] = "grpo"
+    scorer: Scorer
 
     def __init__(
         self,
@@ -203,6 +204,7 @@ class GRPOLearner(Learner):
         features: str = "pre-rope",
     ) -> None:
         self.config = config or GRPOConfig()
+        self.epochs = self.config.epochs
         self.episodes = Episodes(model, source, interval, protection or Protection(recent=interval))
         self.episodes.check(self.config.budgets)
         self._reward = REWARDS.get(self.config.reward)
@@ -210,6 +212,7 @@ class GRPOLearner(Learner):
         self.scorer, self.features = start.scorer, feature_set(start.features)
         self.reference = copy.deepcopy(self.scorer).requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.scorer.parameters(), lr=self.config.learning_rate)
+        self._played: dict[int, tuple[Experience, Advantages, dict[str, float]]] = {}
 
     @property
     def policy(self) -> ScorerPolicy:
@@ -218,37 +221,49 @@ class GRPOLearner(Learner):
         known = self.episodes.trained_for(self.config.budgets)
         return ScorerPolicy(self.scorer, self.features.name, self.name, training, **known)
 
-    def update(self) -> dict[str, float]:
-        """Roll out, compare, replay and step."""
+    @property
+    def parts(self) -> int:
+        """How many parts an update has: each rolls out as many traces as may be at once."""
+        return -(-self.config.num_traces // (self.config.at_once or self.config.num_traces))
+
+    def share(self, part: int, epoch: int) -> Share:
+        """Roll a part's traces out and compare them, in the first epoch; replay them, and return the gradient."""
         began = time.perf_counter()
-        parts = self.collect()
-        metrics = rollout_metrics([(experience.windows, experience.reward) for experience in parts])
-        collected = time.perf_counter()
-        config = self.config
-        compared = [(experience, self.advantages(experience)) for experience in parts]
+        if epoch == 0:
+            self._played[part] = self._compared(self.collect(part), began)
+        experience, advantages, sums = self._played[part]
+        began = time.perf_counter()
+        self.optimizer.zero_grad()
+        learnt = self.accumulate(experience, advantages, self._kl_weight)
+        gradients = [
+            torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.scorer.parameters()
+        ]
+        sums["time/learn"] += time.perf_counter() - began
+        if epoch == self.epochs - 1:
+            del self._played[part]
+        return Share(gradients, sums | learnt)
+
+    def step(self, shares: Sequence[Share]) -> dict[str, float]:
+        """Make a gradient step from the shares of all parts, in order, and return the metrics."""
+        config, began = self.config, time.perf_counter()
         rate = warm_cosine(self.done, config.updates, config.warmup, 1 / max(1, config.warmup), config.last_rate)
-        kl_weight = config.kl if self.done < config.kl_updates else 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * rate
-        for _ in range(config.epochs):
-            self.optimizer.zero_grad()
-            losses = [self.accumulate(*part, kl_weight) for part in compared]
-            norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), config.grad_clip)
-            self.optimizer.step()
-        self.done += 1
-        policy_seconds = sum(experience.seconds for experience in parts)
+        for number, weight in enumerate(self.scorer.parameters()):
+            weight.grad = torch.stack([share.gradients[number].to(weight.device) for share in shares]).sum(dim=0)
+        norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), config.grad_clip)
+        self.optimizer.step()
+        sums = total(shares)
+        sums["time/learn"] += time.perf_counter() - began
         return {
-            **metrics,
-            **{tag: sum(loss[tag] for loss in losses) for tag in losses[0]},
+            **rollout_metrics(sums),
+            **{tag: value for tag, value in sums.items() if not tag.startswith("sum/")},
             "loss/grad_norm": float(norm),
             "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
-            "time/policy": policy_seconds,
-            "time/env": collected - began - policy_seconds,
-            "time/learn": time.perf_counter() - collected,
         }
 
-    def collect(self) -> list[Experience]:
-        """Make the rollouts of the next update, as many traces at once as there may be.
+    def collect(self, part: int) -> Experience:
+        """Make the rollouts of a part of the next update.
 
         Raises
         ------
@@ -258,12 +273,29 @@ class GRPOLearner(Learner):
         config, rng = self.config, np.random.default_rng([self.config.seed, self.done])
         budget = int(rng.choice(config.budgets))
         traces = self.episodes.draw(rng, config.num_traces, budget)
-        size = config.at_once or len(traces)
-        first = self.done * config.num_traces
-        return [
-            self._play(traces[start : start + size], budget, (first + start) * config.group)
-            for start in range(0, len(traces), size)
-        ]
+        start, size = part * (config.at_once or config.num_traces), config.at_once or config.num_traces
+        first = (self.done * config.num_traces + start) * config.group
+        return self._play(traces[start : start + size], budget, first)
+
+    def _compared(self, experience: Experience, began: float) -> tuple[Experience, Advantages, dict[str, float]]:
+        """Return rollouts that were begun at a time, how they compare, and what is reported of them."""
+        collected = time.perf_counter()
+        advantages, sums = self.advantages(experience), rollout_sums(experience.windows, experience.reward)
+        return (
+            experience,
+            advantages,
+            sums
+            | {
+                "time/policy": experience.seconds,
+                "time/env": collected - began - experience.seconds,
+                "time/learn": time.perf_counter() - collected,
+            },
+        )
+
+    @property
+    def _kl_weight(self) -> float:
+        """Weight of the divergence from the initial policy in the next update."""
+        return self.config.kl if self.done < self.config.kl_updates else 0.0
 
     def _play(self, traces: Sequence[Trace], budget: int, first: int) -> Experience:
         """Roll traces out, the rollouts numbered from ``first`` on."""

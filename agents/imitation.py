@@ -22,7 +22,7 @@ from agents.checkpoint import module_state, optimizer_state, restore_module, res
 from agents.episodes import Episodes
 from agents.learner import Learner, State, check_numbers
 from agents.ranking_losses import LOSSES, LossName
-from agents.returns import rollout_metrics, window_losses
+from agents.returns import rollout_metrics, rollout_sums, window_losses
 from agents.schedule import follow, warm_cosine
 from agents.scorer import Inputs, Scorer, ScorerPolicy
 from kvenv.features import FeatureSet, feature_set
@@ -291,7 +291,7 @@ class ImitationLearner(Learner):
         self.done += 1
         reward = REWARDS.get("lm_loss_increase")(windows).unflatten(0, (len(traces), -1))
         return {
-            **rollout_metrics([(windows, reward)]),
+            **rollout_metrics(rollout_sums(windows, reward)),
             **lesson.metrics(),
             "loss/learning_rate": lesson.rate * config.learning_rate,
             "time/policy": lesson.deciding,

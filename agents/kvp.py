@@ -1,8 +1,9 @@
 """KVP: learn offline to rank cached pairs by the attention of the future (arXiv 2602.10238).
 
-REINFORCE with a leave-one-out baseline on KVRank-v0, all (layer, KV head) agents at once as one batched network:
-rankings are drawn from the Plackett-Luce model by Gumbel-sort, the most useful pair first, and paid minus their
-oracle-normalised cost over all budgets. Batches come straight from the trace store; no environment and no LLM is run.
+REINFORCE with a leave-one-out baseline on KVRank-v0, the agents of a layer as one batched network, layers one after the
+other or side by side: rankings are drawn from the Plackett-Luce model by Gumbel-sort, the most useful pair first, and
+paid minus their oracle-normalised cost over all budgets. Batches come straight from the trace store; no environment and
+no LLM is run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from agents.checkpoint import module_state, optimizer_state, restore_module, restore_optimizer
 from agents.kvp_scorer import KVPPolicy, KVPScorer
-from agents.learner import Learner, State, check_numbers
+from agents.learner import Share, SharedLearner, State, check_numbers, total
 from agents.ranking_losses import expected_cost, pairwise_hinge, regression
 from agents.schedule import follow, warm_cosine
 from agents.soft_rank import soft_rank_loss
@@ -97,17 +98,19 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Cuts:
-    """A batch of cuts. N traces, L layers, H KV heads, C the largest cut, M the sum of all cuts.
+    """A batch of cuts in one layer. N traces, H KV heads, C the largest cut, M the sum of all cuts.
 
     Attributes
     ----------
+    layer : int
+        Which.
     chosen : list of (int, int)
         Index of each trace in the store, and its cut.
-    keys, values : Tensor (1, L, H, M, D)
+    keys, values : Tensor (1, 1, H, M, D)
         The pairs of all cuts, one cut after the other: no slot is empty.
     positions, ages : Tensor (M,) int64
         Where they are.
-    utility : Tensor (L, H, N, C)
+    utility : Tensor (1, H, N, C)
         What they are worth, to the power of the configuration; 0 beyond a cut.
     slots : Tensor (N, C) int64
         Which of the M pairs each is.
@@ -115,6 +118,7 @@ class Cuts:
         False beyond a cut.
     """
 
+    layer: int
     chosen: list[tuple[int, int]]
     keys: Tensor
     values: Tensor
@@ -160,7 +164,7 @@ def leave_one_out(paid: Tensor, group: str) -> Tensor:
     return (paid * count - paid.sum(dim=axes, keepdim=True)) / (count - 1)
 
 
-class KVPLearner(Learner):
+class KVPLearner(SharedLearner):
     """Trains a scorer to rank the pairs of recorded traces.
 
     Parameters
@@ -180,6 +184,8 @@ class KVPLearner(Learner):
 
     name = "kvp"
 
+    scorer: KVPScorer
+
     def __init__(self, store: Sequence[RecordedTrace], config: KVPConfig | None = None, device: str = "cpu") -> None:
         self.store, self.config, self.device = store, config or KVPConfig(), torch.device(device)
         self._check()
@@ -193,13 +199,13 @@ class KVPLearner(Learner):
             store[0].rotary.inv_freq.tolist(),
             generator=torch.Generator().manual_seed(self.config.seed),
         ).to(self.device)
-        batch = self.batch(0)
-        self.scorer.calibrate(batch.keys[0], batch.values[0])
+        batches = [self.batch(0, layer) for layer in range(layers)]
+        keys, values = (torch.cat([getattr(batch, name)[0] for batch in batches]) for name in ("keys", "values"))
+        self.scorer.calibrate(keys, values)
         self.average = copy.deepcopy(self.scorer)
         self.optimizer = torch.optim.AdamW(
             self.scorer.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay
         )
-        self.done = 0
 
     @property
     def policy(self) -> KVPPolicy:
@@ -208,33 +214,43 @@ class KVPLearner(Learner):
         model = self.store.identity if isinstance(self.store, TraceStore) else None
         return KVPPolicy(self.average, self.name, training, model=model, interval=self.store[0].interval)
 
-    def update(self) -> dict[str, float]:
-        """Rank the pairs of a batch of cuts, learn from what was better, and return the metrics."""
+    @property
+    def parts(self) -> int:
+        """How many parts an update has: the agents of a layer each, which learn from nothing of the others."""
+        return self.scorer.shape[0]
+
+    def share(self, part: int, epoch: int) -> Share:
+        """Rank the pairs of a batch of cuts in one layer, and return the gradient of what was better."""
         began = time.perf_counter()
-        batch = self.batch(self.done)
+        batch = self.batch(self.done, part)
         loaded = time.perf_counter()
-        scores = self.scorer(batch.keys, batch.values, batch.positions, batch.ages)[0][..., batch.slots]
+        own = slice(part, part + 1)
+        weights = {name: weight[own].detach().requires_grad_() for name, weight in self.scorer.named_parameters()}
+        fixed = {name: getattr(self.scorer, name)[own] for name in ("mean", "deviation")}
+        seen = (batch.keys, batch.values, batch.positions, batch.ages)
+        scores = torch.func.functional_call(self.scorer, weights | fixed, seen)[0][..., batch.slots]
         scored = time.perf_counter()
         learn = self._from_payment if self.config.objective == "reinforce" else self._from_utilities
-        order, loss, metrics = learn(scores, batch)
-        norm = self._step(loss)
+        order, loss, sums = learn(scores, batch)
+        gradients = torch.autograd.grad(loss, list(weights.values()))
         # As KVRank-v0 pays it, whatever power of the utilities was learnt from.
         utility = batch.utility.expand(order.shape).gather(-1, order)
         plain, best = (x ** (1 / self.config.power) for x in (utility, batch.utility))
-        return {
-            "rollout/ep_rew_mean": float((-cost(plain) / least_cost(best)).mean()),
-            "loss/kvp": float(loss.detach()),
-            **metrics,
-            "loss/grad_norm": norm,
-            "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
-            "time/env": loaded - began,
-            "time/policy": scored - loaded,
-            "time/learn": time.perf_counter() - scored,
-        }
+        return Share(
+            list(gradients),
+            {
+                "rollout/ep_rew_mean": float((-cost(plain) / least_cost(best)).mean()) / self.parts,
+                "loss/kvp": float(loss.detach()),
+                **{tag: value / self.parts for tag, value in sums.items()},
+                "time/env": loaded - began,
+                "time/policy": scored - loaded,
+                "time/learn": time.perf_counter() - scored,
+            },
+        )
 
     def _from_payment(self, scores: Tensor, batch: Cuts) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Return K rankings drawn by the scores, the loss that what they are paid gives, and metrics."""
-        order = self.rank(scores.detach(), batch.mask)
+        order = self.rank(scores.detach(), batch)
         utility = batch.utility.expand(order.shape).gather(-1, order)
         advantage = leave_one_out(returns(utility, least_cost(batch.utility), self.config.credit), self.config.group)
         # In units of each agent's own spread.
@@ -255,21 +271,19 @@ class KVPLearner(Learner):
         loss = TOLD[self.config.objective](scores, batch.utility, mask) * math.prod(scores.shape[:2])
         return order[None], loss, {}
 
-    def batch(self, update: int) -> Cuts:
-        """Return the batch of an update: traces and cuts drawn alike from seed and update."""
+    def batch(self, update: int, layer: int) -> Cuts:
+        """Return the batch of an update in one layer: traces and cuts drawn alike from seed and update."""
         rng = np.random.default_rng([self.config.seed, update])
         numbers = rng.integers(len(self.store), size=self.config.batch_size).tolist()
         chosen = [(number, int(rng.choice(self.store[number].cuts))) for number in numbers]
         traces, drawn = [self.store[number] for number in numbers], [cut for _, cut in chosen]
+        own, widest, pad = slice(layer, layer + 1), max(drawn), torch.nn.functional.pad
         keys, values = (
-            torch.cat([getattr(trace, name)[:, :, :cut] for trace, cut in zip(traces, drawn, strict=True)], dim=2)
+            torch.cat([getattr(trace, name)[own, :, :cut] for trace, cut in zip(traces, drawn, strict=True)], dim=2)
             for name in ("keys", "values")
         )
-        widest = max(drawn)
-        pad = torch.nn.functional.pad
-        utility = torch.stack(
-            [pad(trace.utility_at(cut), (0, widest - cut)) for trace, cut in zip(traces, drawn, strict=True)], dim=2
-        )
+        cut_utility = [trace.utility_at(cut)[own] for trace, cut in zip(traces, drawn, strict=True)]
+        utility = torch.stack([pad(each, (0, widest - each.shape[-1])) for each in cut_utility], dim=2)
         utility = utility.float() ** self.config.power
         cuts, slot = torch.tensor(drawn), torch.arange(widest)
         starts = cuts.cumsum(0) - cuts
@@ -278,34 +292,40 @@ class KVPLearner(Learner):
         mask = slot < cuts[:, None]
         slots = torch.where(mask, starts[:, None] + slot, 0)
         tensors = (keys[None].float(), values[None].float(), positions, ages, utility, slots, mask)
-        return Cuts(chosen, *(tensor.to(self.device) for tensor in tensors))
+        return Cuts(layer, chosen, *(tensor.to(self.device) for tensor in tensors))
 
-    def rank(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """Return K rankings (K, L, H, N, C) of scored pairs (L, H, N, C), most useful first, padding last."""
-        sample, layer, head, row, slot = (
+    def rank(self, scores: Tensor, batch: Cuts) -> Tensor:
+        """Return K rankings (K, 1, H, N, C) of scored pairs (1, H, N, C), most useful first, padding last."""
+        sample, _, head, row, slot = (
             torch.arange(size, device=scores.device).view(-1, *(1,) * (4 - axis))
             for axis, size in enumerate((self.config.samples, *scores.shape))
         )
-        uniform = noise.uniform(self.config.seed, self.done, sample, layer, head, row, slot)
+        uniform = noise.uniform(self.config.seed, self.done, sample, batch.layer, head, row, slot)
         # Evict logits go first: here, what goes first is what stays longest.
         drawn = -plackett_luce.priorities(scores, uniform)
-        return torch.where(mask, drawn, -torch.inf).argsort(dim=-1, descending=True)
+        return torch.where(batch.mask, drawn, -torch.inf).argsort(dim=-1, descending=True)
 
-    def _step(self, loss: Tensor) -> float:
-        """Descend, update the running mean, and return the largest gradient norm of an agent."""
-        config = self.config
+    def step(self, shares: Sequence[Share]) -> dict[str, float]:
+        """Descend by the shares of all layers, in order, and update the running mean."""
+        config, began = self.config, time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * warm_cosine(self.done, config.updates, config.warmup, 0.01, 0.02)
-        self.optimizer.zero_grad()
-        loss.backward()
-        gradients = [weight.grad for weight in self.scorer.parameters() if weight.grad is not None]
+        weights = list(self.scorer.parameters())
+        gradients = [
+            torch.cat([share.gradients[number].to(weight.device) for share in shares])
+            for number, weight in enumerate(weights)
+        ]
         norms = torch.stack([gradient.square().sum(dim=(2, 3)) for gradient in gradients]).sum(dim=0).sqrt()
-        for gradient in gradients:
-            gradient *= (config.grad_clip / norms.clamp(min=config.grad_clip))[..., None, None]
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient * (config.grad_clip / norms.clamp(min=config.grad_clip))[..., None, None]
         self.optimizer.step()
-        self.done += 1
-        follow(self.average, self.scorer, self.done, config.ema)
-        return float(norms.max())
+        follow(self.average, self.scorer, self.done + 1, config.ema)
+        metrics = total(shares)
+        metrics["time/learn"] += time.perf_counter() - began
+        return metrics | {
+            "loss/grad_norm": float(norms.max()),
+            "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
 
     def _check(self) -> None:
         """Refuse what can't work."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.base import Policy
 
@@ -78,6 +78,82 @@ class Learner(ABC):
         """
         if state.values.get("learner") != self.name:
             raise ValueError(f"the state is of learner {state.values.get('learner')!r}, not {self.name!r}")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one part of an update gives.
+
+    Attributes
+    ----------
+    gradients : list of Tensor
+        Of the scorer's weights, or of those that the part concerns.
+    sums : dict of str to float
+        What is reported; it adds up over the parts.
+    """
+
+    gradients: list[Tensor]
+    sums: dict[str, float]
+
+
+class SharedLearner(Learner):
+    """A learner whose updates are put together from parts, each of which follows from weights and numbers alone.
+
+    So it doesn't matter where a part is made: here, one after the other, or by replicas of this learner side by side.
+    The update is the same, bit for bit where the same number of threads made it.
+
+    Attributes
+    ----------
+    scorer : nn.Module
+        What is trained.
+    epochs : int
+        Gradient steps of an update.
+    """
+
+    scorer: nn.Module
+    epochs: int = 1
+
+    @property
+    @abstractmethod
+    def parts(self) -> int:
+        """How many parts an update has, wherever they are made."""
+
+    @abstractmethod
+    def share(self, part: int, epoch: int) -> Share:
+        """Return what a part gives to a gradient step of the next update; those of a part come in turn."""
+
+    @abstractmethod
+    def step(self, shares: Sequence[Share]) -> dict[str, float]:
+        """Make a gradient step from the shares of all parts, in order, and return the metrics."""
+
+    def update(self, make: Callable[[int], Sequence[Share]] | None = None) -> dict[str, float]:
+        """Make one update and return its metrics by TensorBoard tag.
+
+        Parameters
+        ----------
+        make : callable, optional
+            Returns the shares of all parts, in order, for a gradient step; if not given, they are made here.
+        """
+        metrics: dict[str, float] = {}
+        for epoch in range(self.epochs):
+            shares = make(epoch) if make else [self.share(part, epoch) for part in range(self.parts)]
+            metrics = self.step(shares)
+        self.done += 1
+        return metrics
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return copies of the scorer's weights on the CPU, which a replica needs to make a share."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.scorer.state_dict().items()}
+
+    def follow(self, done: int, weights: dict[str, Tensor]) -> None:
+        """Take the weights of a learner that has made ``done`` updates."""
+        self.scorer.load_state_dict(weights)
+        self.done = done
+
+
+def total(shares: Sequence[Share]) -> dict[str, float]:
+    """Return what shares report, summed in their order."""
+    return {name: sum(share.sums[name] for share in shares) for name in shares[0].sums}
 
 
 def check_numbers(config: Any, positive: Collection[str], **least: int) -> None:

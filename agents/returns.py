@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -147,26 +147,47 @@ def window_losses(
     )
 
 
-def rollout_metrics(parts: Sequence[tuple[WindowLosses, Tensor]]) -> dict[str, float]:
+def rollout_sums(losses: WindowLosses, reward: Tensor) -> dict[str, float]:
+    """Return what :func:`rollout_metrics` needs of some rollouts; it adds up over whatever is rolled out apart.
+
+    Parameters
+    ----------
+    losses : WindowLosses
+        All windows of rollouts that were made side by side.
+    reward : Tensor (N, J)
+        What they paid.
+    """
+    low = losses.full.low_entropy
+    sums: dict[str, int | Tensor] = {
+        "rollouts": len(reward),
+        "reward": reward.sum(),
+        "targets": losses.valid.sum(),
+        "nll": losses.nll.sum(),
+        "certain": low.sum(),
+        "increase": (losses.increase * low).sum(),
+        "answers": losses.answer.sum(),
+        "answer_nll": (losses.nll * losses.answer).sum(),
+    }
+    return {f"sum/{name}": float(value) for name, value in sums.items()}
+
+
+def rollout_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """Return means over rollouts or targets, by TensorBoard tag; of the answers only if there are any.
 
     Parameters
     ----------
-    parts : sequence of (WindowLosses, Tensor (N, J))
-        All windows of rollouts that were made side by side, and what they paid; however many parts there are, the
-        means are those of all rollouts together.
+    sums : mapping of str to float
+        From :func:`rollout_sums`, added up.
     """
 
-    def total(of: Callable[[WindowLosses], Tensor]) -> float:
-        return float(sum(of(losses).sum() for losses, _ in parts))
+    def mean(of: str, over: str) -> float:
+        return sums[f"sum/{of}"] / sums[f"sum/{over}"]
 
     metrics = {
-        "rollout/ep_rew_mean": float(torch.cat([reward.sum(dim=1) for _, reward in parts]).mean()),
-        "rollout/lm_loss": total(lambda x: x.nll) / total(lambda x: x.valid),
-        "rollout/low_entropy_increase": total(lambda x: x.increase * x.full.low_entropy)
-        / total(lambda x: x.full.low_entropy),
+        "rollout/ep_rew_mean": mean("reward", "rollouts"),
+        "rollout/lm_loss": mean("nll", "targets"),
+        "rollout/low_entropy_increase": mean("increase", "certain"),
     }
-    answers = total(lambda x: x.answer)
-    if answers:
-        metrics["rollout/answer_loss"] = total(lambda x: x.nll * x.answer) / answers
+    if sums["sum/answers"]:
+        metrics["rollout/answer_loss"] = mean("answer_nll", "answers")
     return metrics

@@ -18,7 +18,7 @@ from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.grpo import Advantages, Experience, GRPOConfig, GRPOLearner
 from agents.learner import State
 from agents.ranking_policy import Evictions, ReplayPolicy, SamplingPolicy
-from agents.returns import CREDITS, group_advantages, rollout_metrics, target_advantages
+from agents.returns import CREDITS, group_advantages, rollout_metrics, rollout_sums, target_advantages
 from agents.scorer import Scorer, ScorerPolicy
 from kvenv.expert import policy_action
 from kvenv.identity import ModelIdentity
@@ -76,7 +76,7 @@ def test_rollouts_that_are_paid_alike_teach_nothing() -> None:
 
 @pytest.mark.parametrize("reward", ["lm_loss", "lm_loss_increase", "answer_loss", "foresight"])
 def test_a_target_is_paid_its_share_of_what_the_rollout_is_paid_beyond_the_others(reward: str) -> None:
-    experience = learner(reward=reward, temperature=0.2).collect()[0]
+    experience = learner(reward=reward, temperature=0.2).collect(0)
     windows, rows = experience.windows, len(experience.traces)
     found = target_advantages(REWARDS.get(reward), windows, rows, GROUP)
     returns = experience.reward.sum(dim=1).view(-1, GROUP)
@@ -95,14 +95,14 @@ def test_a_target_is_paid_its_share_of_what_the_rollout_is_paid_beyond_the_other
 
 
 def test_rewards_that_no_target_can_be_paid_by_are_refused() -> None:
-    windows = learner().collect()[0].windows
+    windows = learner().collect(0).windows
     with pytest.raises(ValueError, match=r"differentiable function of losses\.nll"):
         target_advantages(lambda losses: losses.correct.sum(dim=1).float(), windows, 2 * GROUP, GROUP)
 
 
 def test_a_pick_is_credited_with_what_its_absence_cost_those_who_would_have_looked() -> None:
     one = learner()
-    experience = one.collect()[0]
+    experience = one.collect(0)
     rows, first = len(experience.traces), BUDGET + INTERVAL
     paid = torch.randn(rows, experience.reward.shape[1] * INTERVAL, generator=torch.Generator().manual_seed(0))
     found = attention_credit(one.episodes.model, experience.traces[::GROUP], experience.evictions, paid, first)
@@ -125,7 +125,7 @@ def test_a_pick_is_credited_with_what_its_absence_cost_those_who_would_have_look
 
 def test_a_replay_evicts_the_same_and_every_ratio_is_one() -> None:
     one = learner(seed=3, credit="trajectory")
-    experience = one.collect()[0]
+    experience = one.collect(0)
     again = Evictions(one.episodes.layers, INTERVAL)
 
     def keep(state: Any, order: torch.Tensor, count: torch.Tensor) -> None:
@@ -148,7 +148,7 @@ def test_a_replay_evicts_the_same_and_every_ratio_is_one() -> None:
 @pytest.mark.parametrize("reward", ["foresight", "lm_loss", "lm_loss_increase", "answer_loss"])
 def test_rollouts_are_those_of_the_environment(reward: str) -> None:
     one = learner(reward=reward, temperature=0.2, seed=7)
-    experience = one.collect()[0]
+    experience = one.collect(0)
     env = vector(len(experience.traces), reward=reward, autoreset_mode="Disabled", output="torch")
     ids = [int(trace.name.rsplit("/", 1)[1]) for trace in experience.traces]
     sampler = SamplingPolicy(one.policy, 0.2)
@@ -161,7 +161,7 @@ def test_rollouts_are_those_of_the_environment(reward: str) -> None:
 
 def test_a_rollout_does_not_depend_on_the_rows_beside_it() -> None:
     one = learner()
-    experience, alone = one.collect()[0], Evictions(one.episodes.layers, INTERVAL)
+    experience, alone = one.collect(0), Evictions(one.episodes.layers, INTERVAL)
     sampler = SamplingPolicy(one.policy, 1.0, alone)
     options = {"model": one.episodes.model, "budget": BUDGET, "interval": INTERVAL, "protection": PROTECTION}
     rollout(sampler, experience.traces[4:5], rollouts=[4], on_eviction=sampler.record, **options)  # type: ignore[arg-type]
@@ -207,7 +207,7 @@ def plain_loss(of: GRPOLearner, experience: Experience, advantages: Advantages, 
 @pytest.mark.parametrize("credit", CREDITS)
 def test_the_gradient_is_that_of_the_plain_loss(credit: str) -> None:
     one = learner(credit=credit, num_traces=1, temperature=0.5)
-    experience = one.collect()[0]
+    experience = one.collect(0)
     advantages = one.advantages(experience)
     metrics = perturbed(one).accumulate(experience, advantages, kl_weight=0.7)
     found = gradients(one)
@@ -226,7 +226,7 @@ def test_memory_does_not_grow_with_the_number_of_windows() -> None:
     for length in (LENGTH, 2 * LENGTH):
         tokens = random_tokens(1, length)[0].numpy()
         one = learner(ListSource("list", "train", [Trace(tokens, 0, (), "list/0")]), num_traces=1)
-        experience = one.collect()[0]
+        experience = one.collect(0)
         held = [0, 0]
 
         class Saved:
@@ -251,7 +251,7 @@ def test_memory_does_not_grow_with_the_number_of_windows() -> None:
 def test_traces_rolled_out_one_after_another_teach_the_same(credit: str) -> None:
     changes = {"num_traces": 3, "epochs": 2, "credit": credit, "reward": "lm_loss_increase"}
     whole, parted = learner(**changes), learner(**changes, at_once=2)
-    assert [len(part.traces) for part in parted.collect()] == [2 * GROUP, GROUP]
+    assert [len(parted.collect(part).traces) for part in range(parted.parts)] == [2 * GROUP, GROUP]
     for _ in range(2):
         expected, found = whole.update(), parted.update()
         assert found.keys() == expected.keys()
@@ -334,12 +334,12 @@ def test_it_goes_on_from_a_saved_policy(tmp_path: Path) -> None:
 
 def test_rewards_of_answers_count_answers_only() -> None:
     one = learner(ListSource("list", "train", [trace(0), trace(3)]), reward="answer_loss")
-    experience = one.collect()[0]
+    experience = one.collect(0)
     assert experience.reward.shape == (6, -(-(LENGTH - 1 - BUDGET - INTERVAL) // INTERVAL))
     # The answers are at 35, 36, 37 and 44, the windows' targets at 27-32, 33-38, 39-44, ...
     assert (experience.reward != 0).any(dim=0).tolist() == [False, True, True, False, False, False]
     assert "answer_loss" in REWARDS
-    assert rollout_metrics([(experience.windows, experience.reward)])["rollout/answer_loss"] == pytest.approx(
+    assert rollout_metrics(rollout_sums(experience.windows, experience.reward))["rollout/answer_loss"] == pytest.approx(
         float(-experience.reward.sum() * INTERVAL / (6 * 4)), rel=1e-6
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import agents
 from agents.checkpoint import load_checkpoint, save_checkpoint
-from agents.kvp import PRESETS, KVPConfig, KVPLearner, leave_one_out, returns
+from agents.kvp import PRESETS, Cuts, KVPConfig, KVPLearner, leave_one_out, returns
 from agents.kvp_scorer import KVPPolicy, KVPScorer
 from agents.learner import State
 from kvenv import plackett_luce
@@ -124,14 +124,20 @@ def test_leave_one_out_is_the_formula(group: str) -> None:
         )
 
 
-def test_the_reward_is_that_of_the_environment(store: Path) -> None:
-    agent = learner(store, power=1.0)
-    env, batch = KVRankEnv(store=str(store)), agent.batch(1)
+def scored(agent: KVPLearner, batch: Cuts) -> torch.Tensor:
+    """Return the scores (1, H, N, C) of a batch in its layer."""
     with torch.no_grad():
-        scores = agent.scorer(batch.keys, batch.values, batch.positions, batch.ages)[0][..., batch.slots]
-    order = agent.rank(scores, batch.mask)
-    paid = returns(batch.utility.expand(order.shape).gather(-1, order), least_cost(batch.utility), "ranking")
-    for row, (number, cut) in enumerate(batch.chosen):
+        pairs = (batch.keys[:, 0], batch.values[:, 0], batch.positions, batch.ages)
+        return agent.scorer(*pairs, batch.layer)[..., batch.slots]
+
+
+def test_the_reward_is_that_of_the_environment(store: Path) -> None:
+    agent, env = learner(store, power=1.0), KVRankEnv(store=str(store))
+    batches = [agent.batch(1, layer) for layer in range(agent.parts)]
+    order = torch.cat([agent.rank(scored(agent, batch), batch) for batch in batches], dim=1)
+    utility = torch.cat([batch.utility for batch in batches])
+    paid = returns(utility.expand(order.shape).gather(-1, order), least_cost(utility), "ranking")
+    for row, (number, cut) in enumerate(batches[0].chosen):
         for sample in range(4):
             observation, _ = env.reset(options={"trace": number, "cut": cut})
             mask = torch.from_numpy(observation["mask"]).bool()
@@ -141,21 +147,30 @@ def test_the_reward_is_that_of_the_environment(store: Path) -> None:
             np.testing.assert_allclose(paid[sample, :, :, row, 0].numpy(), head_reward, rtol=1e-5)
 
 
+def test_layers_and_heads_have_noise_of_their_own(store: Path) -> None:
+    agent = learner(store)
+    batches = [agent.batch(1, layer) for layer in range(2)]
+    flat = torch.zeros_like(batches[0].utility)
+    ranked = [agent.rank(flat, batch) for batch in batches]
+    assert not torch.equal(*ranked)
+    assert not torch.equal(ranked[0][:, :, 0], ranked[0][:, :, 1])
+
+
 def test_a_batch_is_scored_as_the_policy_scores_each_trace(store: Path) -> None:
     agent = learner(store)
-    batch = agent.batch(1)
-    with torch.no_grad():
-        scores = agent.scorer(batch.keys, batch.values, batch.positions, batch.ages)[0][..., batch.slots]
-    assert len({cut for _, cut in batch.chosen}) == 4
-    for row, (number, cut) in enumerate(batch.chosen):
-        recorded = agent.store[number]
-        positions = torch.arange(cut)
-        assert batch.mask[row].sum() == cut
-        torch.testing.assert_close(batch.utility[:, :, row, :cut], recorded.utility_at(cut) ** agent.config.power)
-        for layer in range(2):
+    for layer in range(agent.parts):
+        batch = agent.batch(1, layer)
+        scores = scored(agent, batch)
+        assert len({cut for _, cut in batch.chosen}) == 4
+        for row, (number, cut) in enumerate(batch.chosen):
+            recorded = agent.store[number]
+            positions = torch.arange(cut)
+            assert batch.mask[row].sum() == cut
+            utility = recorded.utility_at(cut)[layer] ** agent.config.power
+            torch.testing.assert_close(batch.utility[0, :, row, :cut], utility)
             pairs = (x[layer, None, :, :cut] for x in (recorded.keys, recorded.values))
             alone = agent.scorer(*pairs, positions, cut - positions, layer)[0]
-            torch.testing.assert_close(scores[layer, :, row, :cut], alone)
+            torch.testing.assert_close(scores[0, :, row, :cut], alone)
 
 
 @pytest.mark.parametrize(
