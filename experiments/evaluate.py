@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import agents
 from agents import hub
+from experiments.crew import Crew, CrewArgs, hired
 from experiments.progress import track
 from experiments.results import ANSWERS, RESULTS, Results, named
 from experiments.tables import report, wide_console
@@ -91,6 +92,7 @@ class Args:
     """PyTorch device."""
     dtype: str = "float32"
     """The LLM's dtype."""
+    crew: tyro.conf.OmitArgPrefixes[CrewArgs] = field(default_factory=CrewArgs)
 
     def protection(self, schedule: str) -> Protection:
         """Return which pairs are never evicted under a schedule."""
@@ -134,57 +136,94 @@ def make_policies(names: Sequence[str], device: str) -> dict[str, Policy | None]
     return policies
 
 
+class Evaluator:
+    """What is measured: an LLM, policies and tasks.
+
+    All is loaded and looked into before the first is measured: what is wrong with the last is said at once.
+    """
+
+    def __init__(self, args: Args) -> None:
+        self.args = args
+        self.loaded = load_model(args.model, dtype=args.dtype, device=args.device)
+        self.loaded.check_length(args.trace_length)
+        self.policies = make_policies(args.policies, args.device)
+        names = args.traces or (() if args.tasks else ("recall",))
+        self.tasks: list[Task] = [_traces(args, name, self.loaded.tokenizer) for name in names]
+        self.tasks += [task for name in args.tasks for task in load_tasks(name, _setting(args, self.loaded.tokenizer))]
+        self.ids = [_ids(args, task, self.loaded.model) for task in self.tasks]
+
+    def batches(self, number: int, missing: Sequence[int]) -> list[Sequence[int]]:
+        """Return the traces or examples that are missing of a task, as many together as are decoded side by side."""
+        task, size = self.tasks[number], self.args.batch_size
+        if not isinstance(task, TraceTask):
+            size = self.args.decoding(task).side_by_side(task, size)
+        return [missing[start : start + size] for start in range(0, len(missing), size)]
+
+    def asked(self, number: int) -> dict[str, Policy | None]:
+        """Return the policies that a task is asked of: those that know the future can't answer.
+
+        Raises
+        ------
+        ValueError
+            If all do.
+        """
+        task = self.tasks[number]
+        if isinstance(task, TraceTask):
+            return self.policies
+        left = {name: policy for name, policy in self.policies.items() if policy is None or answerable(policy)}
+        if not left:
+            raise ValueError(f"policies {list(self.policies)} all know the future, and {task.name} is answered without")
+        return left
+
+    def cells(self, number: int, batch: Sequence[int]) -> Iterator[list[Row] | list[Answer]]:
+        """Yield what is measured of a batch of a task, one policy at a budget after the other."""
+        task, policies = self.tasks[number], self.asked(number)
+        if isinstance(task, TraceTask):
+            yield from _of_traces(self.args, task, batch, policies, self.loaded)
+        else:
+            yield from _of_answers(self.args, task, batch, policies, self.loaded)
+
+    def batch(self, number: int, batch: Sequence[int]) -> list[list[Row] | list[Answer]]:
+        """Return what is measured of a batch of a task."""
+        return list(self.cells(number, batch))
+
+
 def measure(args: Args) -> list[Row]:
     """Evaluate as ``args`` say, go on where an earlier call stopped, and write after every batch."""
     _check(args)
-    loaded = load_model(args.model, dtype=args.dtype, device=args.device)
-    loaded.check_length(args.trace_length)
-    policies = make_policies(args.policies, args.device)
-    names = args.traces or (() if args.tasks else ("recall",))
-    # All are loaded and looked into before the first is measured: what is wrong with the last is said at once.
-    tasks: list[Task] = [_traces(args, name, loaded.tokenizer) for name in names]
-    tasks += [task for name in args.tasks for task in load_tasks(name, _setting(args, loaded.tokenizer))]
-    asked = [(task, _ids(args, task, loaded.model)) for task in tasks]
-    results = Results(args.out, _terms(args, loaded))
+    evaluator = Evaluator(args)
+    results = Results(args.out, _terms(args, evaluator.loaded))
     try:
-        for task, ids in asked:
-            _measure_task(args, task, ids, policies, loaded, results)
+        with hired(args.crew, Evaluator, (args,), args.device) as crew:
+            for number in range(len(evaluator.tasks)):
+                _measure_task(evaluator, number, results, crew)
     finally:
         if results.rows:
             results.write()
     return results.rows
 
 
-def _measure_task(
-    args: Args,
-    task: Task,
-    ids: Sequence[int],
-    policies: dict[str, Policy | None],
-    loaded: LoadedModel,
-    results: Results,
-) -> None:
+def _measure_task(evaluator: Evaluator, number: int, results: Results, crew: Crew | None) -> None:
     """Measure what is missing of a task."""
+    args, task, policies = evaluator.args, evaluator.tasks[number], evaluator.asked(number)
     if task.note:
         print(f"{task.name}: {task.note}", file=sys.stderr)
-    side_by_side = args.batch_size
-    if not isinstance(task, TraceTask):
-        policies, decoding = _answering(policies, task.name), args.decoding(task)
-        side_by_side = decoding.side_by_side(task, args.batch_size)
-        if decoding.decided_before(task):
-            print(f"{task.name}: every option is one token, told before anything is evicted", file=sys.stderr)
+    if out := [name for name in evaluator.policies if name not in policies]:
+        print(f"{task.name}: {', '.join(out)} left out: nobody knows the future of what is generated", file=sys.stderr)
+    if not isinstance(task, TraceTask) and args.decoding(task).decided_before(task):
+        print(f"{task.name}: every option is one token, told before anything is evicted", file=sys.stderr)
     a_batch = len(args.budgets) * len(policies)
-    ids = results.missing(task.name, ids, a_batch * len(args.seeds))
-    if not ids:
-        return
-    cells: Iterable[list[Row] | list[Answer]] = (
-        _of_traces(args, task, ids, policies, loaded)
-        if isinstance(task, TraceTask)
-        else _of_answers(args, task, ids, policies, loaded)
+    missing = results.missing(task.name, evaluator.ids[number], a_batch * len(args.seeds))
+    batches = evaluator.batches(number, missing)
+    cells = (
+        (cell for done in crew.map("batch", number, batches) for cell in done)
+        if crew
+        else (cell for batch in batches for cell in evaluator.cells(number, batch))
     )
-    measured = track(cells, f"evaluating on {task.name}", total=a_batch * -(-len(ids) // side_by_side))
+    measured = track(cells, f"evaluating on {task.name}", total=a_batch * len(batches))
     # Taken in only when all policies ran on the same traces: what a killed run leaves can be compared, too.
-    while batch := [row for cell in itertools.islice(measured, a_batch) for row in cell]:
-        results.add(batch)
+    while rows := [row for cell in itertools.islice(measured, a_batch) for row in cell]:
+        results.add(rows)
 
 
 def _of_traces(
@@ -250,22 +289,6 @@ def _ids(args: Args, task: Task, model: PreTrainedModel) -> Sequence[int]:
     return ids
 
 
-def _answering(policies: dict[str, Policy | None], task: str) -> dict[str, Policy | None]:
-    """Return the policies that don't know the future, and say which do.
-
-    Raises
-    ------
-    ValueError
-        If all do.
-    """
-    left = {name: policy for name, policy in policies.items() if policy is None or answerable(policy)}
-    if out := [name for name in policies if name not in left]:
-        print(f"{task}: {', '.join(out)} left out: nobody knows the future of what is generated", file=sys.stderr)
-    if not left:
-        raise ValueError(f"policies {list(policies)} all know the future, and {task} is answered without")
-    return left
-
-
 def _check(args: Args) -> None:
     """Refuse what only the command knows to be wrong, or would find out late."""
     if not args.policies:
@@ -317,7 +340,8 @@ def _setting(args: Args, tokenizer: Any) -> TaskSetting:
 
 def _terms(args: Args, loaded: LoadedModel) -> dict[str, Any]:
     """Return all that rows depend on, data by what is in them: not where they go, nor how many are computed at once."""
-    terms = {name: value for name, value in asdict(args).items() if name not in ("out", "batch_size", "device")}
+    apart = ("out", "batch_size", "device", "crew")
+    terms = {name: value for name, value in asdict(args).items() if name not in apart}
     known = (FULL, *agents.names())
     terms["policies"] = [name if name in known else named(name, hub.find(name)) for name in args.policies]
     terms["traces"] = [named(name, Path(name)) if Path(name).is_file() else name for name in args.traces]

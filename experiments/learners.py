@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 import tyro
 
 from agents import grpo, imitation, kvp, ppo
-from agents.learner import Learner
+from agents.learner import Learner, SharedLearner
+from experiments.crew import CrewArgs
 from experiments.validation import Validation
 from kvenv.models import load_model
 from kvenv.state import Protection
@@ -135,6 +136,21 @@ class LearnerArgs:
 
 
 @dataclass(frozen=True)
+class SharedArgs(LearnerArgs):
+    """What the arguments of a learner have whose work can be divided."""
+
+    crew: Any
+
+    def build(self) -> SharedLearner:
+        """Return the learner at its start."""
+        raise NotImplementedError
+
+    def divided(self) -> SharedArgs:
+        """Return these arguments with an update divided into parts, where it isn't."""
+        return self
+
+
+@dataclass(frozen=True)
 class Imitation(LearnerArgs):
     """Imitate Golden Eviction along its own trajectories or, with DAgger, the agent's (ForesightKV, stage 1)."""
 
@@ -150,7 +166,7 @@ class Imitation(LearnerArgs):
 
 
 @dataclass(frozen=True)
-class GRPO(LearnerArgs):
+class GRPO(SharedArgs):
     """Improve a policy by comparing sampled rollouts of the same trace (ForesightKV, stage 2)."""
 
     name = "grpo"
@@ -158,6 +174,7 @@ class GRPO(LearnerArgs):
     env: tyro.conf.OmitArgPrefixes[RolloutArgs] = field(default_factory=RolloutArgs)
     learner: tyro.conf.OmitArgPrefixes[grpo.GRPOConfig] = field(default_factory=grpo.GRPOConfig)
     run: tyro.conf.OmitArgPrefixes[RunArgs] = field(default_factory=RunArgs)
+    crew: tyro.conf.OmitArgPrefixes[CrewArgs] = field(default_factory=CrewArgs)
     imitation_updates: int = 0
     """Updates of imitation that come first, in OUT/imitation, where no policy to start from is given; 0: none."""
 
@@ -172,13 +189,17 @@ class GRPO(LearnerArgs):
         )
         return Imitation(self.env, config, replace(self.run, out=out / Imitation.name, resume=None))
 
-    def build(self) -> Learner:
+    def divided(self) -> GRPO:
+        """Return these arguments with parts of one trace each, if all traces would be rolled out at once."""
+        return replace(self, learner=replace(self.learner, at_once=self.learner.at_once or 1))
+
+    def build(self) -> SharedLearner:
         """Return the learner at its start."""
         return self.env.learn_with(grpo.GRPOLearner, self.learner)
 
 
 @dataclass(frozen=True)
-class KVP(LearnerArgs):
+class KVP(SharedArgs):
     """Learn offline, from recorded traces and without the LLM, to rank pairs by future attention (KVP)."""
 
     name = "kvp"
@@ -188,10 +209,11 @@ class KVP(LearnerArgs):
     run: tyro.conf.OmitArgPrefixes[RunArgs] = field(
         default_factory=lambda: RunArgs(eval_every=100, eval_budgets=(64,), save_every=100)
     )
+    crew: tyro.conf.OmitArgPrefixes[CrewArgs] = field(default_factory=CrewArgs)
     store: Path = Path("runs/store")
     """Trace store to learn from, made by `kvenv record`; what is decoded how is for the evaluation."""
 
-    def build(self) -> Learner:
+    def build(self) -> SharedLearner:
         """Return the learner at its start."""
         loaded = load_model(self.env.model, dtype=self.env.dtype, device=self.env.device)
         return kvp.KVPLearner(TraceStore(self.store, loaded.model), self.learner, self.env.device)

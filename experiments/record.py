@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
 from experiments.cli import run
+from experiments.crew import CrewArgs, hired
 from experiments.progress import track
 from kvenv.golden import Reduce
 from kvenv.models import load_model
@@ -50,6 +50,28 @@ class Args:
     """cpu or cuda."""
     batch_size: int = 16
     """Traces decoded side by side, and in a shard."""
+    crew: tyro.conf.OmitArgPrefixes[CrewArgs] = field(default_factory=CrewArgs)
+
+
+class Recorder:
+    """An LLM and its traces, from which shards are made."""
+
+    def __init__(self, args: Args) -> None:
+        self.args = args
+        self.loaded = load_model(args.model, dtype=args.dtype, device=args.device)
+        self.loaded.check_length(args.trace_length)
+        self.source = load_traces(
+            args.traces, split=args.split, tokenizer=self.loaded.tokenizer, trace_length=args.trace_length
+        )
+        last = args.first_trace + args.num_traces
+        if self.source.size is not None and last > self.source.size:
+            raise ValueError(f"traces {args.traces!r} are {self.source.size}: first_trace + num_traces asks for {last}")
+
+    def shard(self, recording: Recording, ids: range) -> tuple[bytes, list[str]]:
+        """Return the shard of some traces, and their names."""
+        traces = [self.source[i] for i in ids]
+        recorded = record(self.loaded.model, traces, recording.interval, self.args.utility)
+        return recording.encode(recorded), [trace.name for trace in traces]
 
 
 def record_store(args: Args) -> None:
@@ -59,14 +81,9 @@ def record_store(args: Args) -> None:
             raise ValueError(f"{name} {value} is impossible: it must be at least 1")
     if args.first_trace < 0:
         raise ValueError(f"first_trace {args.first_trace} is impossible: it must be at least 0")
-    loaded = load_model(args.model, dtype=args.dtype, device=args.device)
-    loaded.check_length(args.trace_length)
-    source = load_traces(args.traces, split=args.split, tokenizer=loaded.tokenizer, trace_length=args.trace_length)
-    last = args.first_trace + args.num_traces
-    if source.size is not None and last > source.size:
-        raise ValueError(f"traces {args.traces!r} are {source.size}: first_trace + num_traces asks for {last}")
+    recorder = Recorder(args)
     recording = Recording.of(
-        loaded,
+        recorder.loaded,
         traces=args.traces,
         split=args.split,
         trace_length=args.trace_length,
@@ -76,12 +93,14 @@ def record_store(args: Args) -> None:
         dtype="float16" if args.half else None,
     )
     writer = StoreWriter(args.out, recording)
-    missing = args.num_traces - writer.recorded
     announce(args, recording.trace_nbytes, writer.recorded)
+    last = args.first_trace + args.num_traces
     starts = range(args.first_trace + writer.recorded, last, args.batch_size)
-    for start in track(starts, "recording", total=math.ceil(max(0, missing) / args.batch_size)):
-        ids = range(start, min(start + args.batch_size, last))
-        writer.add(record(loaded.model, [source[i] for i in ids], args.interval, args.utility))
+    missing = [range(start, min(start + args.batch_size, last)) for start in starts]
+    with hired(args.crew, Recorder, (args,), args.device) as crew:
+        shards = crew.map("shard", recording, missing) if crew else (recorder.shard(recording, ids) for ids in missing)
+        for shard in track(shards, "recording", total=len(missing)):
+            writer.write(*shard)
 
 
 def announce(args: Args, trace_nbytes: int, recorded: int) -> None:

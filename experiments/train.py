@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,10 +14,12 @@ import numpy as np
 import tyro
 
 from agents.checkpoint import checkpoints
-from agents.learner import Learner
+from agents.learner import Learner, SharedLearner
 from experiments.cli import run as run_command
-from experiments.learners import LEARNERS, LearnerArgs, PresetName, default_arguments
+from experiments.crew import CrewArgs
+from experiments.learners import LEARNERS, LearnerArgs, PresetName, SharedArgs, default_arguments
 from experiments.progress import track
+from experiments.replicas import Replicas
 from experiments.runs import (
     CHECKPOINTS,
     CONFIG,
@@ -29,7 +32,10 @@ from experiments.runs import (
     to_json,
     write_config,
 )
-from experiments.validation import Validation
+from experiments.validation import Validation, means
+
+CREW = tuple(field.name for field in fields(CrewArgs))
+"""Arguments that say who does the work, which changes no result."""
 
 
 def parse(arguments: Sequence[str]) -> LearnerArgs:
@@ -77,6 +83,8 @@ def train(args: LearnerArgs, part_of: Path | None = None) -> Path:
     _check(args)
     if args.run.resume is not None:
         _refuse_changes(args)
+    elif isinstance(args, SharedArgs) and args.crew.ray:
+        args = args.divided()
     first = args.first_stage(args.run.resume or args.run.out)
     begun = args.run.resume is not None and bool(checkpoints(args.run.resume / CHECKPOINTS))
     started = args.after(first.run.out / POLICY) if first is not None and begun else args
@@ -87,12 +95,13 @@ def train(args: LearnerArgs, part_of: Path | None = None) -> Path:
         run.restore(learner)
         _extend(run, args.learner.updates, learner.done)
     if first is not None and not begun:
-        learner = args.after(train_whole(first, run.directory)).build()
-    with Interruption() as interruption, run.writing(learner.done):
+        started = args.after(train_whole(first, run.directory))
+        learner = started.build()
+    with Interruption() as interruption, _team(started, learner) as team, run.writing(learner.done):
         if learner.done == 0 and validation:
-            run.log(0, *_validate(validation, learner))
+            run.log(0, *_validate(validation, learner, team))
         for _ in track(range(learner.done, args.learner.updates), args.name):
-            if _advance(run, learner, validation, args, interruption):
+            if _advance(run, learner, validation, args, interruption, team):
                 directory = part_of or run.directory
                 print(
                     f"{args.name}: {learner.done} updates are saved, go on with --resume {directory}", file=sys.stderr
@@ -107,16 +116,33 @@ def train_whole(args: LearnerArgs, part_of: Path | None = None) -> Path:
     return train(replace(args, run=replace(args.run, resume=args.run.out)) if begun else args, part_of)
 
 
+@contextmanager
+def _team(args: LearnerArgs, learner: Learner) -> Iterator[Replicas | None]:
+    """Give the learner replicas on a cluster, if it is to have some."""
+    if not (isinstance(args, SharedArgs) and isinstance(learner, SharedLearner) and args.crew.ray):
+        yield None
+        return
+    if learner.parts < args.crew.workers:
+        print(f"{args.name}: an update has {learner.parts} parts, too few for all workers", file=sys.stderr)
+    with closing(Replicas(args, learner)) as team:
+        yield team
+
+
 def _advance(
-    run: Run, learner: Learner, validation: Validation | None, args: LearnerArgs, interruption: Interruption
+    run: Run,
+    learner: Learner,
+    validation: Validation | None,
+    args: LearnerArgs,
+    interruption: Interruption,
+    team: Replicas | None,
 ) -> bool:
     """Make one update, and what falls due after it; return whether a signal asks to stop, all being saved."""
     began = time.perf_counter()
-    metrics, image = learner.update(), None
+    metrics, image = team.update() if team else learner.update(), None
     run.seconds += time.perf_counter() - began
     last = learner.done >= args.learner.updates
     if validation and (last or learner.done % args.run.eval_every == 0):
-        measured, image = _validate(validation, learner)
+        measured, image = _validate(validation, learner, team)
         metrics |= measured
     run.log(learner.done, metrics, image)
     # Read once: a signal that comes later is answered after the next update, which is then saved.
@@ -126,14 +152,17 @@ def _advance(
     return stop
 
 
-def _validate(validation: Validation, learner: Learner) -> tuple[dict[str, float], np.ndarray]:
+def _validate(validation: Validation, learner: Learner, team: Replicas | None) -> tuple[dict[str, float], np.ndarray]:
     """Return what validation traces say of the policy, and a picture of what it keeps."""
     policy = learner.policy
-    return validation.measure(policy), validation.picture(policy)
+    measured = means(team.measure(validation)) if team else validation.measure(policy)
+    return measured, validation.picture(policy)
 
 
 def _check(args: LearnerArgs) -> None:
     """Refuse numbers that can't be."""
+    if isinstance(args, SharedArgs) and args.crew.ray:
+        args.crew.connect()
     for value, name, least in (
         (args.learner.updates, "updates", 1),
         (args.run.eval_every, "eval-every", 0),
@@ -150,8 +179,8 @@ def _refuse_changes(args: LearnerArgs) -> None:
         return
     saved = from_json(default_arguments(args.name), read_config(args.run.resume)["arguments"])
     for argument, (was, now) in changed(to_json(saved), to_json(args)).items():
-        # The directory may have moved since, or be spelled otherwise.
-        if argument not in ("resume", "out", "updates"):
+        # The directory may have moved since, or be spelled otherwise; who does the work changes nothing.
+        if argument not in ("resume", "out", "updates", *CREW):
             option = argument.replace("_", "-")
             raise ValueError(f"--{option} {now}: the run has {was}, and a resumed run keeps its arguments")
 

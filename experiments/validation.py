@@ -63,20 +63,28 @@ class Validation:
         for budget in budgets:
             Limits(trace_length, budget, interval, True, self.protection).check_traces(measured)
 
+    @property
+    def batches(self) -> int:
+        """How many batches of traces are measured."""
+        return -(-len(self.trace_ids) // BATCH)
+
     def measure(self, policy: Policy) -> dict[str, float]:
         """Return the means over traces and budgets as ``eval/...``."""
-        batches = evaluate(
+        return means([row for batch in range(self.batches) for row in self.rows(policy, batch)])
+
+    def rows(self, policy: Policy, batch: int) -> list[Row]:
+        """Return the rows of a batch of traces."""
+        cells = evaluate(
             {policy.name: policy},
             self.source,
-            self.trace_ids,
+            self.trace_ids[batch * BATCH : (batch + 1) * BATCH],
             model=self.loaded.model,
             budgets=self.budgets,
             interval=self.interval,
             protection=self.protection,
             batch_size=BATCH,
         )
-        rows = [row for batch in batches for row in batch]
-        return {f"eval/{metric}": mean for metric in METRICS if (mean := _mean(rows, metric)) is not None}
+        return [row for cell in cells for row in cell]
 
     def picture(self, policy: Policy) -> np.ndarray:
         """Return what is kept of the first trace: a line per decision, a column per token, bright if all heads do."""
@@ -92,6 +100,11 @@ class Validation:
         )
         colours = matplotlib.colormaps["viridis"](story.kept)[..., :3]
         return (255 * colours).astype(np.uint8).repeat(4, axis=0)
+
+
+def means(rows: list[Row]) -> dict[str, float]:
+    """Return the means over rows as ``eval/...``."""
+    return {f"eval/{metric}": mean for metric in METRICS if (mean := _mean(rows, metric)) is not None}
 
 
 def _mean(rows: list[Row], metric: str) -> float | None:

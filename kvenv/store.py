@@ -243,6 +243,16 @@ class Recording:
         packed = _packed(self.interval, len(cuts(self.trace_length, self.interval)))
         return self.layers * self.kv_heads * (pairs + 4 * packed) + 8 * self.trace_length
 
+    def encode(self, traces: Sequence[RecordedTrace]) -> bytes:
+        """Return a shard of traces, as safetensors."""
+        dtype, tensors = DTYPES[self.dtype], {}
+        for number, trace in enumerate(traces):
+            for name in TENSORS:
+                tensor = getattr(trace, name)
+                tensor = tensor.to(dtype) if name in ("keys", "values") else tensor
+                tensors[f"{number}.{name}"] = tensor.cpu().contiguous()
+        return save(tensors)
+
     def check(self, other: Recording, where: object) -> None:
         """Refuse a recording that isn't this one.
 
@@ -395,16 +405,13 @@ class StoreWriter:
 
     def add(self, traces: Sequence[RecordedTrace]) -> None:
         """Write one shard, then the index that lists it."""
-        dtype = DTYPES[self.recording.dtype]
-        tensors = {}
-        for number, trace in enumerate(traces):
-            for name in TENSORS:
-                tensor = getattr(trace, name)
-                tensor = tensor.to(dtype) if name in ("keys", "values") else tensor
-                tensors[f"{number}.{name}"] = tensor.cpu().contiguous()
+        self.write(self.recording.encode(traces), [trace.name for trace in traces])
+
+    def write(self, encoded: bytes, names: Sequence[str]) -> None:
+        """Write a shard that :meth:`Recording.encode` made of the traces of these names, then the index."""
         file = f"shard-{len(self._shards):05d}.safetensors"
-        write_atomic(self.directory / file, save(tensors))
-        self._shards.append(Shard(file, [trace.name for trace in traces]))
+        write_atomic(self.directory / file, encoded)
+        self._shards.append(Shard(file, list(names)))
         shards = [asdict(shard) for shard in self._shards]
         index = {"format": FORMAT, **asdict(self.recording), "shards": shards}
         write_atomic(self.directory / INDEX, json.dumps(index, indent=1) + "\n")

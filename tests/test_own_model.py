@@ -52,10 +52,10 @@ def interrupt(patch: pytest.MonkeyPatch, learner: str, done: int, directory: Pat
     """Make the run of the recipe, but let a signal come in an update of one of its stages."""
     advance = train._advance
 
-    def interrupted(running: Any, learning: Any, validation: Any, args: Any, interruption: Any) -> bool:
+    def interrupted(run: Any, learning: Any, validation: Any, args: Any, interruption: Any, *rest: Any) -> bool:
         if (learning.name, learning.done) == (learner, done):
             interruption.signal = 2
-        return advance(running, learning, validation, args, interruption)
+        return advance(run, learning, validation, args, interruption, *rest)
 
     with patch.context() as patched:
         patched.setattr(train, "_advance", interrupted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,16 +18,16 @@ def test_a_killed_recording_goes_on(
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     record.main([*OPTIONS, "--num-traces", "5", "--out", str(whole)])
-    added, add = [], StoreWriter.add
+    added, write = [], StoreWriter.write
 
-    def die_at_the_second(self: StoreWriter, traces: list) -> None:
+    def die_at_the_second(self: StoreWriter, *shard: Any) -> None:
         if added:
             raise KeyboardInterrupt
-        added.append(traces)
-        add(self, traces)
+        added.append(shard)
+        write(self, *shard)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StoreWriter, "add", die_at_the_second)
+        patch.setattr(StoreWriter, "write", die_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             record.main([*OPTIONS, "--num-traces", "5", "--out", str(killed)])
     assert len(TraceStore(killed)) == 2

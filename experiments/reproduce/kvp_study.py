@@ -104,7 +104,7 @@ class KVPStudy(Study[Size]):
         """Return the arguments of a training: one of the objectives, or of the kinds of traces."""
         config = KVPConfig(updates=self.size.updates, **OBJECTIVES.get(name, {}))
         run = RunArgs(eval_every=0, save_every=100, out=self.run(_file(name)))
-        return KVP(DecodingArgs(), config, run, self.out / "stores" / _store(name))
+        return KVP(DecodingArgs(), config, run, store=self.out / "stores" / _store(name))
 
     def terms(self) -> dict[str, Any]:
         """Return the numbers and hyper-parameters that everything is trained and measured with."""

@@ -115,7 +115,7 @@ class Plan(Study[Size]):
             return GRPO(RolloutArgs(), config, RunArgs(eval_every=max(1, grpo // 10), save_every=10, **kept))
         if learner == "kvp":
             run = RunArgs(eval_every=max(1, kvp // 4), save_every=100, **kept)
-            return KVP(DecodingArgs(), KVPConfig(updates=kvp, seed=seed), run, self.out / "stores" / "all")
+            return KVP(DecodingArgs(), KVPConfig(updates=kvp, seed=seed), run, store=self.out / "stores" / "all")
         learner_ppo = PPOConfig(updates=ppo, budgets=size.trained_budgets, seed=seed)
         run = RunArgs(eval_every=max(1, ppo // 10), save_every=10, **kept)
         return PPO(PaidArgs(budget=max(size.trained_budgets)), learner_ppo, run)
