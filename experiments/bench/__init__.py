@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
-SECTIONS = ("step", "scale", "rollout", "golden", "ranking", "generate", "train", "profile", "gpu")
+SECTIONS = ("step", "scale", "rollout", "golden", "ranking", "generate", "train", "scaleout", "profile", "gpu")
 GPU_ONLY = ("gpu",)
 """Those that are measured on a GPU alone."""
 
