@@ -158,10 +158,11 @@ def page(args: Args, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
         "",
         f"## Worked out: {MODEL}, `--preset foresightkv`, {LENGTH:,} tokens, budget {BUDGET:,}",
         "",
-        f"A part is a trace's eight rollouts, their replay and its full-cache pass: {whole.part:.1f} s at {args.tflops:g} "
-        f"TFLOP/s (`kvenv plan` counts the work). The scorer's weights, and a part's gradient, are {whole.nbytes / 1e6:.1f} "
-        f"MB; a node of {whole.gpus} GPUs is sent the weights once. Calls and the learner's step take what they took here, "
-        f"bytes the slower of {args.network:g} GB/s of a network and what Ray reached here.",
+        f"A part is a trace's eight rollouts, their replay and its full-cache pass: {whole.part:.1f} s at "
+        f"{args.tflops:g} TFLOP/s (`kvenv plan` counts the work). The scorer's weights, and a part's gradient, are "
+        f"{whole.nbytes / 1e6:.1f} MB; a node of {whole.gpus} GPUs is sent the weights once. Calls and the learner's "
+        f"step take what they took here, bytes the slower of {args.network:g} GB/s of a network and what Ray reached "
+        "here.",
         "",
         "32 traces in an update, as published:",
         "",
@@ -185,14 +186,16 @@ def saturation(update: Update) -> list[str]:
     largest = max(alone, key=lambda name: alone[name])
     serial = sum(alone.values())
     return [
-        f"1. **The number of parts.** An update has {update.parts}; from {update.parts} workers on, more have nothing to do. "
-        "More traces an update (`--num-traces`) are more parts, and another algorithm: fewer, less noisy updates.",
+        f"1. **The number of parts.** An update has {update.parts}; from {update.parts} workers on, more have nothing "
+        "to do. More traces an update (`--num-traces`) are more parts, and another algorithm: fewer, less noisy "
+        "updates.",
         f"2. **Parts that don't divide.** {update.parts} parts on 24 workers take as long as on 16.",
-        f"3. **What the learner does alone**: {serial:.3g} s an update with a worker for every part, {serial / update.part:.1%} "
-        f"of a part's time, most of it {largest}. It grows with the parts, not with the workers: it would take half of an "
-        f"update of as many parts as workers at {update.part / serial * update.parts:,.0f} of them.",
-        "4. **Validation and pictures**: batches of 16 traces are what is divided, the picture is made by the learner; with "
-        "`--eval-traces 4` one worker has all of it.",
+        f"3. **What the learner does alone**: {serial:.3g} s an update with a worker for every part, "
+        f"{serial / update.part:.1%} of a part's time, most of it {largest}. It grows with the parts, not with the "
+        "workers: with a worker for every part it would be half of an update at "
+        f"{update.part / serial * update.parts:,.0f} of them.",
+        "4. **Validation and pictures**: batches of 16 traces are what is divided, the picture is made by the learner; "
+        "with `--eval-traces 4` one worker has all of it.",
     ]
 
 
