@@ -122,9 +122,9 @@ def table(update: Update) -> list[str]:
     ]
     for workers in WORKERS:
         taken = update.seconds(workers)
-        shown = " | ".join(f"{taken[name]:.3g} s" for name in ("parts", "gradients", "weights", "calls", "step"))
+        shown = " | ".join(f"{_number(taken[name])} s" for name in ("parts", "gradients", "weights", "calls", "step"))
         lines.append(
-            f"| {workers} | {math.ceil(update.parts / workers)} | {sum(taken.values()):.3g} s | {shown} "
+            f"| {workers} | {math.ceil(update.parts / workers)} | {_number(sum(taken.values()))} s | {shown} "
             f"| {update.efficiency(workers):.0%} |"
         )
     return lines
@@ -145,7 +145,7 @@ def page(args: Args, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
         "|---|---|---|---|",
     ]
     for row in rows:
-        value = f"{row['value']:.3g} {row['unit']}"
+        value = f"{_number(row['value'])} {row['unit']}"
         if row["ratio"] is None:
             lines.append(f"| {row['case']}: {row['metric']} | {value} | | |")
         else:
@@ -196,7 +196,13 @@ def saturation(update: Update) -> list[str]:
         f"{update.part / serial * update.parts:,.0f} of them.",
         "4. **Validation and pictures**: batches of 16 traces are what is divided, the picture is made by the learner; "
         "with `--eval-traces 4` one worker has all of it.",
+        "5. **The imitation before it** is not divided at all (`kvenv plan` says how long it takes).",
     ]
+
+
+def _number(x: float) -> str:
+    """Return three digits, or all before the point."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
