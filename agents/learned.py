@@ -176,7 +176,7 @@ class LearnedPolicy(  # type: ignore[misc]  # Policy.from_pretrained stands in f
             "model": f"{named} ({', '.join(f'{what} {value}' for what, value in known.items() if value is not None)})",
             "budgets": ", ".join(map(str, self.budgets)) if self.budgets else "none in particular",
         }
-        return super().generate_model_card(*args, **{**facts, **kwargs})
+        return _WholeCard(str(super().generate_model_card(*args, **{**facts, **kwargs})))
 
     @classmethod
     def read(cls, directory: Path, device: str = "cpu") -> Self:
@@ -217,6 +217,14 @@ class LearnedPolicy(  # type: ignore[misc]  # Policy.from_pretrained stands in f
             )
         policy.scorer.to(device).eval()
         return policy
+
+
+class _WholeCard(ModelCard):
+    """A card that is written whole or not at all: one that is there is never written anew."""
+
+    def save(self, filepath: Path | str) -> None:
+        """Write it."""
+        write_atomic(filepath, str(self))
 
 
 def _known(description: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +31,17 @@ from torch.utils.tensorboard.summary import hparams
 import kvenv
 from agents.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from agents.learner import Learner, State
-from kvenv.files import check_writable, read_json, read_lines, remove_leftovers, sealed, unsealed, write_atomic
+from kvenv.files import (
+    DISK_ERRORS,
+    check_writable,
+    naming,
+    read_json,
+    read_lines,
+    remove_leftovers,
+    sealed,
+    unsealed,
+    write_atomic,
+)
 
 CONFIG, METRICS, CHECKPOINTS, POLICY = "config.json", "metrics.jsonl", "checkpoints", "policy"
 SHOWN = ("eval/answer_loss", "eval/answer_accuracy", "rollout/ep_rew_mean")
@@ -140,6 +151,8 @@ class Run:
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         _pass_second(self.directory)
         with (
+            naming(self.directory),
+            _threads_quiet_of_disks(),
             path.open("a", encoding="utf-8") as self._metrics,
             SummaryWriter(str(self.directory), purge_step=done + started) as self._events,
         ):
@@ -177,6 +190,22 @@ class Run:
         policy: Any = learner.policy
         policy.training = {**policy.training, "run": self.config}
         policy.save_pretrained(self.directory / POLICY)
+
+
+@contextmanager
+def _threads_quiet_of_disks() -> Iterator[None]:
+    """Keep TensorBoard's thread from printing what it can't write: whoever logs next gets the same error."""
+    before = threading.excepthook
+
+    def told(failure: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in DISK_ERRORS):
+            before(failure)
+
+    threading.excepthook = told
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _pass_second(directory: Path) -> None:
@@ -291,8 +320,8 @@ def from_json(default: Arguments, values: Mapping[str, Any]) -> Arguments:
 
 
 def _like(default: Any, value: Any, name: str) -> Any:
-    """Return a JSON value in the type of a default; null stands for what wasn't given, whatever its type."""
-    if default is None or value is None:
+    """Return a JSON value in the type of a default."""
+    if default is None:
         return value
     if is_dataclass(default) and isinstance(value, dict):
         return from_json(default, value)

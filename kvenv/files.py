@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,9 @@ from typing import IO, Any
 
 ASIDE = ".partial"
 """What ends the name of a file that is not yet whole."""
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""What a write meets on a disk that is full, broken or read-only."""
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -36,10 +40,9 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     payload = data.encode() if isinstance(data, str) else data
-    with _named(target):
-        descriptor, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=ASIDE)
+    descriptor, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=ASIDE)
     try:
-        with _named(target):
+        with naming(target):
             with os.fdopen(descriptor, "wb") as file:
                 file.write(payload)
                 file.flush()
@@ -58,6 +61,17 @@ def remove_leftovers(directory: Path) -> None:
         left.unlink(missing_ok=True)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say which file a disk had no room for: a failed write knows a descriptor only."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_ERRORS and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
 def check_writable(directory: Path) -> None:
     """Make a directory, and find out now whether files can be written there.
 
@@ -67,7 +81,7 @@ def check_writable(directory: Path) -> None:
         If not.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with _named(directory), tempfile.TemporaryFile(dir=directory):
+    with naming(directory), tempfile.TemporaryFile(dir=directory):
         pass
 
 
@@ -84,7 +98,7 @@ def append_line(path: Path, record: Any) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
-    with _named(path), path.open("a+b", buffering=0) as file:
+    with naming(path), path.open("a+b", buffering=0) as file:
         if _is_torn(file):
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
@@ -173,17 +187,6 @@ def _is_torn(file: IO[bytes]) -> bool:
         return False
     file.seek(-1, os.SEEK_END)
     return file.read() != b"\n"
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Give an error of a write, which knows a descriptor only, the name of the file."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None:
-            error.filename, error.filename2 = os.fspath(path), None
-        raise
 
 
 def _sync_directory(directory: Path) -> None:
