@@ -131,7 +131,7 @@ def test_a_policy_is_whole_or_refused_and_the_next_save_mends_it(server: Server,
         assert agents.make(tmp_path).training == {"updates_done": 0}
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_run_goes_on_from_its_newest_checkpoint(server: Server, tmp_path: Path, rounds: int) -> None:
     for seconds in moments(rounds):
         said = server.run("write_run", tmp_path, seconds)
