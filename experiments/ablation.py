@@ -24,7 +24,7 @@ from experiments.progress import track
 from experiments.runs import commit
 from experiments.variants import FAMILIES, TRAINED, VARIANTS, Terms
 from kvenv.evaluation import evaluate
-from kvenv.files import read_json, write_atomic
+from kvenv.files import check_writable, read_json, write_atomic
 from kvenv.layerwise import Policy
 from kvenv.models import load_model
 from kvenv.traces import load_traces
@@ -89,6 +89,7 @@ def measure(policies: dict[str, Policy], args: Args) -> dict[str, dict[str, dict
 
 def compare(args: Args) -> dict[str, Any]:
     """Measure what isn't there yet, writing after each; return all."""
+    check_writable(args.out)
     path = args.out / f"{args.learner}.json"
     shared = ("updates", "budget", "batch", "num_traces", *(["init"] if args.learner == "grpo" else []))
     terms = {name: getattr(args, name) for name in shared}

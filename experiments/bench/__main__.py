@@ -22,7 +22,7 @@ from experiments.cli import run
 from experiments.progress import track
 from experiments.runs import commit
 from experiments.tables import wide_console
-from kvenv.files import read_json, write_atomic
+from kvenv.files import check_writable, read_json, write_atomic
 
 
 @dataclass
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for section in args.sections:
         if section not in SECTIONS:
             raise ValueError(f"unknown section {section!r}: known are {', '.join(SECTIONS)}")
+    check_writable(args.out)
     console = wide_console()
     path = args.out / "bench.json"
     there = read_json(path, "a bench.json") if path.exists() else {"sections": {}}
