@@ -110,7 +110,12 @@ def make(name_or_directory: str | os.PathLike[str], **kwargs: Any) -> Policy:
 def _load(directory_or_id: str, *, revision: str | None = None, **kwargs: Any) -> Policy:
     """Return a learned policy by the loader of its type."""
     directory = hub.find(directory_or_id, revision)
-    return _TYPES.get(hub.read_description(directory)["type"])(directory, **kwargs)
+    kind = hub.read_description(directory)["type"]
+    try:
+        read = _TYPES.get(kind)
+    except ValueError as error:
+        raise ValueError(f"{directory / hub.DESCRIPTION}: {error}") from error
+    return read(directory, **kwargs)
 
 
 def _lazy(module: str, attribute: str) -> Callable[..., Any]:

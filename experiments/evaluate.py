@@ -17,7 +17,7 @@ import agents
 from agents import hub
 from experiments.crew import Crew, CrewArgs, hired
 from experiments.progress import track
-from experiments.results import ANSWERS, RESULTS, Results, named
+from experiments.results import ANSWERS, RESULTS, Results, named, writing
 from experiments.tables import report, wide_console
 from kvenv.answering import Answer, Decoding, answer, answerable
 from kvenv.evaluation import FULL, Row, evaluate
@@ -192,14 +192,12 @@ def measure(args: Args) -> list[Row]:
     """Evaluate as ``args`` say, go on where an earlier call stopped, and write after every batch."""
     _check(args)
     evaluator = Evaluator(args)
-    results = Results(args.out, _terms(args, evaluator.loaded))
-    try:
-        with hired(args.crew, Evaluator, (args,), args.device) as crew:
-            for number in range(len(evaluator.tasks)):
-                _measure_task(evaluator, number, results, crew)
-    finally:
-        if results.rows:
-            results.write()
+    with (
+        writing(args.out, _terms(args, evaluator.loaded)) as results,
+        hired(args.crew, Evaluator, (args,), args.device) as crew,
+    ):
+        for number in range(len(evaluator.tasks)):
+            _measure_task(evaluator, number, results, crew)
     return results.rows
 
 

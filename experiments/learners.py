@@ -11,10 +11,11 @@ import tyro
 from agents import grpo, imitation, kvp, ppo
 from agents.learner import Learner, SharedLearner
 from experiments.crew import CrewArgs
+from experiments.progress import track
 from experiments.validation import Validation
 from kvenv.models import load_model
 from kvenv.state import Protection
-from kvenv.store import TraceStore
+from kvenv.store import INDEX, TraceStore
 from kvenv.traces import load_traces
 from kvenv.vector_env import KVEvictVectorEnv
 
@@ -107,6 +108,15 @@ class LearnerArgs:
         """Return the learner at its start."""
         raise NotImplementedError
 
+    def verify(self) -> None:
+        """Look through large files that it will learn from, once, before it does.
+
+        Raises
+        ------
+        ValueError
+            If one is damaged.
+        """
+
     def first_stage(self, out: Path) -> LearnerArgs | None:
         """Return what is to be trained first, in a directory of the run ``out``, if anything is."""
         return None
@@ -114,6 +124,11 @@ class LearnerArgs:
     def after(self, policy: Path) -> LearnerArgs:
         """Return these arguments, to go on from the policy of the first stage."""
         return replace(self, learner=replace(self.learner, init=str(policy)))
+
+    def files(self) -> dict[str, Path]:
+        """Return the local files that updates learn from, by what they hold; a policy to start from is read once."""
+        traces = Path(self.env.traces)
+        return {"traces": traces} if traces.is_file() else {}
 
     def budgets(self) -> tuple[int, ...]:
         """Return the budgets that it is trained for."""
@@ -217,6 +232,16 @@ class KVP(SharedArgs):
         """Return the learner at its start."""
         loaded = load_model(self.env.model, dtype=self.env.dtype, device=self.env.device)
         return kvp.KVPLearner(TraceStore(self.store, loaded.model), self.learner, self.env.device)
+
+    def verify(self) -> None:
+        """Compare the store's shards with their digests."""
+        store = TraceStore(self.store)
+        for shard in track(store.shards, f"checking {self.store}"):
+            store.verify(shard)
+
+    def files(self) -> dict[str, Path]:
+        """Return the store's index, which has the digests of its shards, besides the others'."""
+        return super().files() | {"store": self.store / INDEX}
 
     def budgets(self) -> tuple[int, ...]:
         """Refuse: a ranking is good for all budgets, so that those of the evaluation must be given."""

@@ -12,7 +12,9 @@ import tyro
 from experiments.cli import run
 from experiments.crew import CrewArgs, hired
 from experiments.progress import track
+from experiments.results import named
 from kvenv.golden import Reduce
+from kvenv.lock import hold
 from kvenv.models import load_model
 from kvenv.store import Recording, StoreWriter, record
 from kvenv.traces import load_traces
@@ -75,16 +77,29 @@ class Recorder:
 
 
 def record_store(args: Args) -> None:
-    """Record what the store lacks, a shard at a time; say before how large it will be."""
+    """Record what the store lacks, a shard at a time; say before how large it will be.
+
+    Raises
+    ------
+    ValueError
+        If an argument is impossible, another process records there, or the store is another recording's.
+    """
     for name, value in (("num_traces", args.num_traces), ("batch_size", args.batch_size), ("interval", args.interval)):
         if value < 1:
             raise ValueError(f"{name} {value} is impossible: it must be at least 1")
     if args.first_trace < 0:
         raise ValueError(f"first_trace {args.first_trace} is impossible: it must be at least 0")
+    with hold(args.out):
+        _record(args)
+
+
+def _record(args: Args) -> None:
+    """Record where nobody else writes."""
     recorder = Recorder(args)
     recording = Recording.of(
         recorder.loaded,
-        traces=args.traces,
+        # A file that was edited is another one.
+        traces=named(args.traces, Path(args.traces)) if Path(args.traces).is_file() else args.traces,
         split=args.split,
         trace_length=args.trace_length,
         first_trace=args.first_trace,

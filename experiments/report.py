@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cli import run
-from experiments.runs import read_config, read_metrics
+from experiments.runs import CONFIG, read_config, read_metrics
 from experiments.tables import wide_console
 from kvenv.files import write_atomic
 
@@ -105,7 +105,10 @@ def load(directories: Sequence[Path]) -> list[Curves]:
         config, lines = read_config(directory), read_metrics(directory)
         if not lines:
             raise ValueError(f"{directory} has measured nothing yet")
-        planned = int(config["arguments"]["learner"]["updates"])
+        try:
+            planned = int(config["arguments"]["learner"]["updates"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{directory / CONFIG} doesn't say how many updates were planned") from error
         found.append(Curves(name, str(config["learner"]), int(lines[-1]["step"]), planned, lines))
     return found
 

@@ -167,6 +167,8 @@ def parse(text: str, place: str) -> list[Record]:
             return list(json.loads(text))
         except json.JSONDecodeError as error:
             raise ValueError(f"{place}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+        except (ValueError, RecursionError) as error:  # a number of too many digits, or too deep
+            raise ValueError(f"{place}: not JSON ({error})") from error
     records = []
     # Not splitlines: a JSON string may hold other line separators, such as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -175,6 +177,8 @@ def parse(text: str, place: str) -> list[Record]:
                 records.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{place}:{number}: not JSON ({error.msg} at column {error.colno})") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{place}:{number}: not JSON ({error})") from error
     return records
 
 
