@@ -37,6 +37,7 @@ from agents.schedule import warm_cosine
 from agents.scorer import ScorerPolicy
 from kvenv import plackett_luce
 from kvenv.features import feature_set
+from kvenv.finite import check_finite
 from kvenv.registry import REWARDS
 from kvenv.rewards import WindowLosses
 from kvenv.state import LayerState, Protection
@@ -222,6 +223,7 @@ class GRPOLearner(Learner):
         """Roll out, compare, replay and step."""
         began = time.perf_counter()
         parts = self.collect()
+        self.learnt_from = [x.name for part in parts for x in part.traces[:: self.config.group]]
         metrics = rollout_metrics([(experience.windows, experience.reward) for experience in parts])
         collected = time.perf_counter()
         config = self.config
@@ -281,6 +283,7 @@ class GRPOLearner(Learner):
         )
         windows = window_losses(self.episodes.model, traces, done.losses, budget + interval, interval)
         reward = self._reward(windows).unflatten(0, (len(rows), -1))
+        check_finite(f"rewards {config.reward!r}", reward, lambda: [trace.name for trace in rows])
         return Experience(rows, budget, evictions, windows, reward, sampler.seconds)
 
     def advantages(self, experience: Experience) -> Advantages:

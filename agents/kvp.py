@@ -25,6 +25,7 @@ from agents.ranking_losses import expected_cost, pairwise_hinge, regression
 from agents.schedule import follow, warm_cosine
 from agents.soft_rank import soft_rank_loss
 from kvenv import noise, plackett_luce
+from kvenv.memory import side_by_side
 from kvenv.rank_env import cost, least_cost
 from kvenv.store import RecordedTrace, TraceStore
 
@@ -212,12 +213,14 @@ class KVPLearner(Learner):
         """Rank the pairs of a batch of cuts, learn from what was better, and return the metrics."""
         began = time.perf_counter()
         batch = self.batch(self.done)
+        self.learnt_from = [self.store[number].name for number, _ in batch.chosen]
         loaded = time.perf_counter()
-        scores = self.scorer(batch.keys, batch.values, batch.positions, batch.ages)[0][..., batch.slots]
-        scored = time.perf_counter()
-        learn = self._from_payment if self.config.objective == "reinforce" else self._from_utilities
-        order, loss, metrics = learn(scores, batch)
-        norm = self._step(loss)
+        with side_by_side(*batch.mask.shape):
+            scores = self.scorer(batch.keys, batch.values, batch.positions, batch.ages)[0][..., batch.slots]
+            scored = time.perf_counter()
+            learn = self._from_payment if self.config.objective == "reinforce" else self._from_utilities
+            order, loss, metrics = learn(scores, batch)
+            norm = self._step(loss)
         # As KVRank-v0 pays it, whatever power of the utilities was learnt from.
         utility = batch.utility.expand(order.shape).gather(-1, order)
         plain, best = (x ** (1 / self.config.power) for x in (utility, batch.utility))

@@ -19,6 +19,7 @@ from experiments.progress import track
 from experiments.results import ANSWERS, RESULTS, Results, named
 from experiments.tables import report, wide_console
 from kvenv.answering import Answer, Decoding, answer, answerable
+from kvenv.determinism import set_deterministic
 from kvenv.evaluation import FULL, Row, evaluate
 from kvenv.identity import fingerprint
 from kvenv.layerwise import Policy
@@ -28,6 +29,9 @@ from kvenv.sampling import check_sampling
 from kvenv.state import Protection
 from kvenv.tasks import ChoiceTask, QuestionTask, Task, TaskSetting, TraceTask, load_tasks
 from kvenv.traces import load_traces
+
+NOT_TERMS = ("out", "batch_size", "device", "deterministic")
+"""Arguments that rows don't depend on."""
 
 EVICTED_ONCE_RECENT = 16
 """Newest tokens that are never evicted where a prompt is evicted from once, as in KVP's paper."""
@@ -91,6 +95,8 @@ class Args:
     """PyTorch device."""
     dtype: str = "float32"
     """The LLM's dtype."""
+    deterministic: bool = False
+    """Whether to compute the same bits in every run on a GPU, too, which is slower; on a CPU they always are."""
 
     def protection(self, schedule: str) -> Protection:
         """Return which pairs are never evicted under a schedule."""
@@ -137,6 +143,8 @@ def make_policies(names: Sequence[str], device: str) -> dict[str, Policy | None]
 def measure(args: Args) -> list[Row]:
     """Evaluate as ``args`` say, go on where an earlier call stopped, and write after every batch."""
     _check(args)
+    if args.deterministic:
+        set_deterministic()
     loaded = load_model(args.model, dtype=args.dtype, device=args.device)
     loaded.check_length(args.trace_length)
     policies = make_policies(args.policies, args.device)
@@ -317,7 +325,7 @@ def _setting(args: Args, tokenizer: Any) -> TaskSetting:
 
 def _terms(args: Args, loaded: LoadedModel) -> dict[str, Any]:
     """Return all that rows depend on, data by what is in them: not where they go, nor how many are computed at once."""
-    terms = {name: value for name, value in asdict(args).items() if name not in ("out", "batch_size", "device")}
+    terms = {name: value for name, value in asdict(args).items() if name not in NOT_TERMS}
     known = (FULL, *agents.names())
     terms["policies"] = [name if name in known else named(name, hub.find(name)) for name in args.policies]
     terms["traces"] = [named(name, Path(name)) if Path(name).is_file() else name for name in args.traces]

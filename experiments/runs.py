@@ -121,7 +121,15 @@ class Run:
             self._events.add_image("kept", image, step, dataformats="HWC")
 
     def save(self, learner: Learner) -> None:
-        """Write the policy and a checkpoint, after everything that was logged up to here is on disk."""
+        """Write the policy and a checkpoint, after everything that was logged up to here is on disk.
+
+        Raises
+        ------
+        FloatingPointError
+            If the learner holds NaN or infinity; then nothing is written.
+        """
+        state = learner.state()
+        state.check_finite()
         if self._metrics is not None and self._events is not None:
             self._metrics.flush()
             os.fsync(self._metrics.fileno())
@@ -129,7 +137,6 @@ class Run:
         policy: Any = learner.policy
         policy.training = {**policy.training, "run": self.config}
         policy.save_pretrained(self.directory / POLICY)
-        state = learner.state()
         values = state.values | {"seconds": self.seconds}
         save_checkpoint(self.directory / CHECKPOINTS, State(state.tensors, values), learner.done)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -30,6 +32,7 @@ from experiments.runs import (
     write_config,
 )
 from experiments.validation import Validation
+from kvenv.determinism import set_deterministic
 
 
 def parse(arguments: Sequence[str]) -> LearnerArgs:
@@ -71,10 +74,14 @@ def train(args: LearnerArgs, part_of: Path | None = None) -> Path:
     ------
     ValueError
         If an argument is impossible, or a resumed run is given other arguments than more updates.
+    FloatingPointError, MemoryError
+        If a number is NaN or memory runs out; the message says what there is to go on from.
     SystemExit
         With the code of a signal that came (130 or 143), after a checkpoint.
     """
     _check(args)
+    if args.env.deterministic:
+        set_deterministic()
     if args.run.resume is not None:
         _refuse_changes(args)
     first = args.first_stage(args.run.resume or args.run.out)
@@ -88,7 +95,7 @@ def train(args: LearnerArgs, part_of: Path | None = None) -> Path:
         _extend(run, args.learner.updates, learner.done)
     if first is not None and not begun:
         learner = args.after(train_whole(first, run.directory)).build()
-    with Interruption() as interruption, run.writing(learner.done):
+    with Interruption() as interruption, run.writing(learner.done), _telling_what_is_saved(run, part_of):
         if learner.done == 0 and validation:
             run.log(0, *_validate(validation, learner))
         for _ in track(range(learner.done, args.learner.updates), args.name):
@@ -113,6 +120,7 @@ def _advance(
     """Make one update, and what falls due after it; return whether a signal asks to stop, all being saved."""
     began = time.perf_counter()
     metrics, image = learner.update(), None
+    _check_metrics(learner, metrics)
     run.seconds += time.perf_counter() - began
     last = learner.done >= args.learner.updates
     if validation and (last or learner.done % args.run.eval_every == 0):
@@ -124,6 +132,27 @@ def _advance(
     if last or stop or learner.done % args.run.save_every == 0:
         run.save(learner)
     return stop
+
+
+def _check_metrics(learner: Learner, metrics: Mapping[str, float]) -> None:
+    """Refuse an update of which a number is none, its gradient's norm among them."""
+    if lost := [tag for tag, value in metrics.items() if not math.isfinite(value)]:
+        traces = ", ".join(repr(name) for name in dict.fromkeys(learner.learnt_from))
+        raise FloatingPointError(f"update {learner.done} gives NaN or infinity in {', '.join(lost)}, traces {traces}")
+
+
+@contextmanager
+def _telling_what_is_saved(run: Run, part_of: Path | None) -> Iterator[None]:
+    """Let errors that end a training say what there is to go on from."""
+    try:
+        yield
+    except (FloatingPointError, MemoryError) as error:
+        kind = FloatingPointError if isinstance(error, FloatingPointError) else MemoryError
+        saved, resume = checkpoints(run.directory / CHECKPOINTS), f"--resume {part_of or run.directory}"
+        there = (
+            f"goes on from update {int(saved[-1].name)}, which is intact" if saved else "begins anew, nothing is saved"
+        )
+        raise kind(f"{error}; {resume} {there}") from error
 
 
 def _validate(validation: Validation, learner: Learner) -> tuple[dict[str, float], np.ndarray]:

@@ -158,8 +158,9 @@ def _load(name: str, dtype: str, device: str, revision: str | None, trust_remote
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     refuse_unsupported(name, _read(AutoConfig, name, source, **options))
     tokenizer = _read(AutoTokenizer, name, source, **options)
-    # Safetensors only: other weights are pickles.
-    options |= {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
+    # Safetensors only: other weights are pickles. SDPA: a configuration may name a kernel, compiled code from the hub.
+    options |= {"dtype": DTYPES[dtype], "use_safetensors": True, "attn_implementation": "sdpa"}
+    options |= {"output_loading_info": True}
     with _no_progress_bar() if name == "tiny" else nullcontext():
         model, report = _read(AutoModelForCausalLM, name, source, **options)
     missing = sorted(report["missing_keys"])
