@@ -149,9 +149,7 @@ def _telling_what_is_saved(run: Run, part_of: Path | None) -> Iterator[None]:
     except (FloatingPointError, MemoryError) as error:
         kind = FloatingPointError if isinstance(error, FloatingPointError) else MemoryError
         saved, resume = checkpoints(run.directory / CHECKPOINTS), f"--resume {part_of or run.directory}"
-        there = (
-            f"goes on from update {int(saved[-1].name)}, which is intact" if saved else "begins anew, nothing is saved"
-        )
+        there = f"goes on from update {int(saved[-1].name)}" if saved else "begins anew, nothing was saved"
         raise kind(f"{error}; {resume} {there}") from error
 
 
