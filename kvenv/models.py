@@ -184,12 +184,10 @@ def _refuse_foreign_shards(name: str, source: str, revision: str | None) -> None
         named = set(json.loads(Path(str(index)).read_text(encoding="utf-8"))["weight_map"].values())
         foreign = sorted(str(file) for file in named if not _SHARD.fullmatch(str(file)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"model {name!r} can't be loaded: its {SAFE_WEIGHTS_INDEX_NAME} is damaged: {error}"
-        ) from error
+        raise ValueError(f"model {name!r} can't be loaded: {SAFE_WEIGHTS_INDEX_NAME} is damaged: {error}") from error
     if foreign:
         raise ValueError(
-            f"model {name!r} can't be loaded: its {SAFE_WEIGHTS_INDEX_NAME} names {foreign[0]!r}, and only safetensors "
+            f"model {name!r} can't be loaded: {SAFE_WEIGHTS_INDEX_NAME} names {foreign[0]!r}, and only safetensors "
             "beside it are read"
         )
 

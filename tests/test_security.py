@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 import agents
 import kvenv
 from agents import hub
-from experiments import record
+from agents.checkpoint import load_checkpoint
+from experiments import record, train
 from experiments.tables import _file_name
 from kvenv.files import write_atomic
 from kvenv.models import TINY
@@ -59,10 +60,8 @@ def offences(source: str) -> list[str]:
 def test_no_file_of_ours_runs_what_it_loads(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert len(files) > 10
-    found = {
-        str(path.relative_to(ROOT)): told for path in files if (told := offences(path.read_text(encoding="utf-8")))
-    }
-    assert found == {}
+    found = {str(path.relative_to(ROOT)): offences(path.read_text(encoding="utf-8")) for path in files}
+    assert {path: told for path, told in found.items() if told} == {}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +192,7 @@ def test_a_policy_names_a_registered_type_and_no_file(tmp_path: Path) -> None:
     description = json.loads(path.read_text())
     for kind in ("agents.scorer.ScorerPolicy.read", "../scorer", "os:system", "scorer\0"):
         path.write_text(json.dumps(description | {"type": kind}))
-        with pytest.raises(ValueError, match="unknown type of policy"):
+        with pytest.raises(ValueError, match="unknown policy type"):
             agents.make(tmp_path / "policy")
     path.write_text(json.dumps(description | {"features": "../features"}))
     with pytest.raises(ValueError, match="unknown features"):
@@ -214,6 +213,18 @@ def test_a_store_names_shards_beside_it_only(file: str, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"only shard-NNNNN\.safetensors beside it is read"):
         TraceStore(tmp_path)
+
+
+def test_a_run_is_gone_on_with_where_it_is(tmp_path: Path) -> None:
+    here, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    small = "imitation --num-traces 2 --trace-length 96 --budgets 32 --hidden 4 --eval-every 0 --traces recall".split()
+    train.main([*small, "--updates", "1", "--out", str(here)])
+    config = json.loads((here / "config.json").read_text())
+    config["arguments"]["run"]["out"] = str(elsewhere)
+    (here / "config.json").write_text(json.dumps(config))
+    train.main(["--resume", str(here), "--updates", "2"])
+    assert load_checkpoint(here / "checkpoints").values["done"] == 2
+    assert not elsewhere.exists()
 
 
 @pytest.mark.parametrize("name", [*CLIMBING, "a:b", "\0", "...", "con\n"])
