@@ -16,7 +16,7 @@ FIXED = (":4096:8", ":16:8")
 def set_deterministic(enabled: bool = True) -> None:
     """Let this process compute the same bits in every run on the same machine with the same number of threads.
 
-    On a CPU it does anyway. On CUDA forward passes do, too, but the gradients of learners and some sums add atomically,
+    On a CPU it does anyway. On CUDA environments and rollouts do, too, but the gradients of learners add up atomically,
     in any order; then PyTorch takes slower ways that don't, and raises a RuntimeError where it has none. kvenv's own
     kernels add nothing atomically and stay.
 
