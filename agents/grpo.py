@@ -37,6 +37,7 @@ from agents.schedule import warm_cosine
 from agents.scorer import Scorer, ScorerPolicy
 from kvenv import plackett_luce
 from kvenv.features import feature_set
+from kvenv.finite import check_finite
 from kvenv.registry import REWARDS
 from kvenv.rewards import WindowLosses
 from kvenv.state import LayerState, Protection
@@ -241,7 +242,7 @@ class GRPOLearner(SharedLearner):
         sums["time/learn"] += time.perf_counter() - began
         if epoch == self.epochs - 1:
             del self._played[part]
-        return Share(gradients, sums | learnt)
+        return Share(gradients, sums | learnt, [trace.name for trace in experience.traces[:: self.config.group]])
 
     def step(self, shares: Sequence[Share]) -> dict[str, float]:
         """Make a gradient step from the shares of all parts, in order, and return the metrics."""
@@ -313,6 +314,7 @@ class GRPOLearner(SharedLearner):
         )
         windows = window_losses(self.episodes.model, traces, done.losses, budget + interval, interval)
         reward = self._reward(windows).unflatten(0, (len(rows), -1))
+        check_finite(f"rewards {config.reward!r}", reward, lambda: [trace.name for trace in rows])
         return Experience(rows, budget, evictions, windows, reward, sampler.seconds)
 
     def advantages(self, experience: Experience) -> Advantages:

@@ -281,6 +281,7 @@ class ImitationLearner(Learner):
         rng = np.random.default_rng([config.seed, self.done])
         budget = int(rng.choice(config.budgets))
         traces = self.episodes.draw(rng, config.num_traces, budget)
+        self.learnt_from = [trace.name for trace in traces]
         share = config.dagger * min(1.0, self.done / max(1, config.dagger_ramp))
         led = torch.as_tensor(rng.random(len(traces)) < share, device=self.episodes.model.device)
         rate = warm_cosine(self.done, config.updates, config.warmup, 0.2, 0.05)

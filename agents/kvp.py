@@ -26,6 +26,7 @@ from agents.ranking_losses import expected_cost, pairwise_hinge, regression
 from agents.schedule import follow, warm_cosine
 from agents.soft_rank import soft_rank_loss
 from kvenv import noise, plackett_luce
+from kvenv.memory import side_by_side
 from kvenv.rank_env import cost, least_cost
 from kvenv.store import RecordedTrace, TraceStore
 
@@ -228,11 +229,12 @@ class KVPLearner(SharedLearner):
         weights = {name: weight[own].detach().requires_grad_() for name, weight in self.scorer.named_parameters()}
         fixed = {name: getattr(self.scorer, name)[own] for name in ("mean", "deviation")}
         seen = (batch.keys, batch.values, batch.positions, batch.ages)
-        scores = torch.func.functional_call(self.scorer, weights | fixed, seen)[0][..., batch.slots]
-        scored = time.perf_counter()
-        learn = self._from_payment if self.config.objective == "reinforce" else self._from_utilities
-        order, loss, sums = learn(scores, batch)
-        gradients = torch.autograd.grad(loss, list(weights.values()))
+        with side_by_side(*batch.mask.shape):
+            scores = torch.func.functional_call(self.scorer, weights | fixed, seen)[0][..., batch.slots]
+            scored = time.perf_counter()
+            learn = self._from_payment if self.config.objective == "reinforce" else self._from_utilities
+            order, loss, sums = learn(scores, batch)
+            gradients = torch.autograd.grad(loss, list(weights.values()))
         # As KVRank-v0 pays it, whatever power of the utilities was learnt from.
         utility = batch.utility.expand(order.shape).gather(-1, order)
         plain, best = (x ** (1 / self.config.power) for x in (utility, batch.utility))
@@ -246,6 +248,7 @@ class KVPLearner(SharedLearner):
                 "time/policy": scored - loaded,
                 "time/learn": time.perf_counter() - scored,
             },
+            [self.store[number].name for number, _ in batch.chosen],
         )
 
     def _from_payment(self, scores: Tensor, batch: Cuts) -> tuple[Tensor, Tensor, dict[str, float]]:

@@ -161,6 +161,10 @@ class LearnedPolicy(  # type: ignore[misc]  # Policy.from_pretrained stands in f
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the weights and then the description, whose fingerprint says whether both belong together."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.scorer.state_dict().items()}
+        if lost := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+            raise FloatingPointError(
+                f"policy {self.name!r} isn't saved: its {', '.join(lost[:3])} hold NaN or infinity"
+            )
         write_atomic(save_directory / WEIGHTS, save(tensors))
         write_atomic(save_directory / DESCRIPTION, json.dumps(self.description(), indent=2) + "\n")
 

@@ -27,6 +27,19 @@ class State:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
+    def check_finite(self) -> None:
+        """Refuse NaN and infinity, which nobody could go on from.
+
+        Raises
+        ------
+        FloatingPointError
+            Naming the tensors.
+        """
+        lost = [name for name, x in self.tensors.items() if x.is_floating_point() and not bool(x.isfinite().all())]
+        if lost:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            raise FloatingPointError(f"the learner's {', '.join(lost[:3])}{more} hold NaN or infinity")
+
 
 class Learner(ABC):
     """Trains a policy, one :meth:`update` at a time.
@@ -39,11 +52,14 @@ class Learner(ABC):
         Its hyper-parameters.
     done : int
         Updates made so far.
+    learnt_from : sequence of str
+        Names of the traces of the newest update.
     """
 
     name: ClassVar[str]
     config: Any
     done: int = 0
+    learnt_from: Sequence[str] = ()
 
     @abstractmethod
     def update(self) -> dict[str, float]:
@@ -90,10 +106,13 @@ class Share:
         Of the scorer's weights, or of those that the part concerns.
     sums : dict of str to float
         What is reported; it adds up over the parts.
+    traces : sequence of str
+        Names of those that it was learnt from.
     """
 
     gradients: list[Tensor]
     sums: dict[str, float]
+    traces: Sequence[str]
 
 
 class SharedLearner(Learner):
@@ -137,6 +156,7 @@ class SharedLearner(Learner):
         metrics: dict[str, float] = {}
         for epoch in range(self.epochs):
             shares = make(epoch) if make else [self.share(part, epoch) for part in range(self.parts)]
+            self.learnt_from = [name for share in shares for name in share.traces]
             metrics = self.step(shares)
         self.done += 1
         return metrics

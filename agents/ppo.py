@@ -31,6 +31,7 @@ from agents.sb3_policy import KVRankingPolicy
 from agents.scorer import ScorerPolicy
 from kvenv.head_view import HeadView
 from kvenv.identity import ModelIdentity
+from kvenv.memory import side_by_side
 from kvenv.vector_env import KVEvictVectorEnv
 
 
@@ -155,12 +156,14 @@ class PPOLearner(Learner):
 
         Rows of larger budgets are at their end sooner and begin another episode, at the environment's budget.
         """
-        began, in_env, stopwatch = time.perf_counter(), self.rows.seconds, Stopwatch()
+        began, in_env, stopwatch = time.perf_counter(), self.rows.seconds, Stopwatch(self.env)
         with self._seeded():
             self._begin()
             # One rollout, fewer than log_interval: nothing is written, and what SB3 logged can be read.
-            self.model.learn(self.model.n_steps * self.model.n_envs, stopwatch, log_interval=2)
+            with side_by_side(self.env.num_envs, self.env.dynamics.limits.trace_length):
+                self.model.learn(self.model.n_steps * self.model.n_envs, stopwatch, log_interval=2)
         self.done += 1
+        self.learnt_from = [self.env.dynamics.source[int(trace)].name for trace in stopwatch.traces]
         ended, in_env = time.perf_counter(), self.rows.seconds - in_env
         logged, buffer = self.model.logger.name_to_value, self.model.rollout_buffer
         return {
@@ -170,7 +173,8 @@ class PPOLearner(Learner):
             "loss/kl": float(logged["train/approx_kl"]),
             "loss/entropy": -float(logged["train/entropy_loss"]) / float(buffer.observations["count"].mean()),
             "loss/clip_fraction": float(logged["train/clip_fraction"]),
-            "loss/explained_variance": float(logged["train/explained_variance"]),
+            # NaN where all returns are alike: nothing is to be explained.
+            "loss/explained_variance": float(np.nan_to_num(logged["train/explained_variance"])),
             "loss/grad_norm": self._norms.mean(),
             "time/env": in_env,
             "time/policy": stopwatch.collected - began - in_env,
@@ -263,9 +267,16 @@ class PPOLearner(Learner):
 
 
 class Stopwatch(BaseCallback):
-    """Says when SB3 had collected a rollout."""
+    """Says when SB3 had collected a rollout, and with which traces it began."""
 
     collected = 0.0
+
+    def __init__(self, env: KVEvictVectorEnv) -> None:
+        super().__init__()
+        self.env, self.traces = env, np.zeros(0, np.int64)
+
+    def _on_rollout_start(self) -> None:
+        self.traces = self.env.dynamics.counters.trace.copy()
 
     def _on_step(self) -> bool:
         return True

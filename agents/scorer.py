@@ -31,6 +31,11 @@ def _asinh(x: Tensor) -> Tensor:
     return torch.log1p(x.abs() + square / (1 + (1 + square).sqrt())).copysign(x)
 
 
+def _median(x: Tensor) -> Tensor:
+    """Return the lower median (H, 1, F) of (H, M, F); torch's own isn't deterministic on CUDA."""
+    return x.sort(dim=1).values[:, (x.shape[1] - 1) // 2, None]
+
+
 class Scorer(nn.Module):
     """F features -> one or more hidden layers -> 1 score, with weights of its own for every (layer, KV head).
 
@@ -99,8 +104,8 @@ class Scorer(nn.Module):
         centre, scale, mean, deviation = (x[layer] for x in (self.centre, self.scale, self.mean, self.deviation))
         x = features.transpose(0, 1)[filled.transpose(0, 1)].view(heads, -1, width)
         spread = x.std(dim=1, keepdim=True).clamp(min=1e-6)
-        centre.copy_(x.median(dim=1, keepdim=True).values)
-        distance = (x - centre).abs().median(dim=1, keepdim=True).values
+        centre.copy_(_median(x))
+        distance = _median((x - centre).abs())
         # A statistic that is mostly zero has no median distance: a part of its spread stands in.
         scale.copy_(torch.maximum(distance, 0.01 * spread) if inputs == "squashed" else LINEAR * spread)
         if inputs == "raw":

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import NoReturn
 
 import kvenv
+from kvenv.memory import LOWER, out_of_memory
 
 COMMANDS = {
     "demo": "train a first agent, evaluate it beside every heuristic, show a trace",
@@ -27,8 +28,8 @@ COMMANDS = {
     "headroom": "measure what there is to learn: golden, random and the heuristics on every trace family",
 }
 
-# What bad input raises; anything else is a bug and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, ImportError)
+# What bad input raises, and numbers or memory that end; anything else is a bug and keeps its traceback.
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
 
 def usage() -> str:
@@ -48,8 +49,8 @@ def fail(message: str) -> NoReturn:
 def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
     """Call ``command(argv)`` and turn what a user can cause into an exit code.
 
-    A ValueError, OSError or ImportError ends in one line on stderr and exit code 2, Ctrl-C in exit code 130. With
-    the environment variable ``KVENV_TRACEBACK`` set the traceback is shown as well.
+    A ValueError, OSError or ImportError, NaN and running out of memory end in one line on stderr and exit code 2,
+    Ctrl-C in exit code 130. With the environment variable ``KVENV_TRACEBACK`` set the traceback is shown as well.
 
     Parameters
     ----------
@@ -67,10 +68,11 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
     except BrokenPipeError:
         # The reader (`kvenv show ... | head`) has enough; without this Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except USER_ERRORS as error:
-        if os.environ.get("KVENV_TRACEBACK"):
+    except (*USER_ERRORS, RuntimeError) as error:
+        told = isinstance(error, USER_ERRORS)
+        if os.environ.get("KVENV_TRACEBACK") or not (told or out_of_memory(error)):
             raise
-        fail(str(error) or type(error).__name__)
+        fail(str(error) or type(error).__name__ if told else f"out of memory: {LOWER} ({error})")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,6 +20,7 @@ from experiments.progress import track
 from experiments.results import ANSWERS, RESULTS, Results, named, writing
 from experiments.tables import report, wide_console
 from kvenv.answering import Answer, Decoding, answer, answerable
+from kvenv.determinism import set_deterministic
 from kvenv.evaluation import FULL, Row, evaluate
 from kvenv.identity import fingerprint
 from kvenv.layerwise import Policy
@@ -29,6 +30,9 @@ from kvenv.sampling import check_sampling
 from kvenv.state import Protection
 from kvenv.tasks import ChoiceTask, QuestionTask, Task, TaskSetting, TraceTask, load_tasks
 from kvenv.traces import load_traces
+
+NOT_TERMS = ("out", "batch_size", "device", "deterministic", "crew")
+"""Arguments that rows don't depend on."""
 
 EVICTED_ONCE_RECENT = 16
 """Newest tokens that are never evicted where a prompt is evicted from once, as in KVP's paper."""
@@ -92,6 +96,8 @@ class Args:
     """PyTorch device."""
     dtype: str = "float32"
     """The LLM's dtype."""
+    deterministic: bool = False
+    """Whether to compute the same bits in every run on a GPU, too, which is slower; on a CPU they always are."""
     crew: tyro.conf.OmitArgPrefixes[CrewArgs] = field(default_factory=CrewArgs)
 
     def protection(self, schedule: str) -> Protection:
@@ -144,6 +150,8 @@ class Evaluator:
 
     def __init__(self, args: Args) -> None:
         self.args = args
+        if args.deterministic:
+            set_deterministic()
         self.loaded = load_model(args.model, dtype=args.dtype, device=args.device)
         self.loaded.check_length(args.trace_length)
         self.policies = make_policies(args.policies, args.device)
@@ -338,8 +346,7 @@ def _setting(args: Args, tokenizer: Any) -> TaskSetting:
 
 def _terms(args: Args, loaded: LoadedModel) -> dict[str, Any]:
     """Return all that rows depend on, data by what is in them: not where they go, nor how many are computed at once."""
-    apart = ("out", "batch_size", "device", "crew")
-    terms = {name: value for name, value in asdict(args).items() if name not in apart}
+    terms = {name: value for name, value in asdict(args).items() if name not in NOT_TERMS}
     known = (FULL, *agents.names())
     terms["policies"] = [name if name in known else named(name, hub.find(name)) for name in args.policies]
     terms["traces"] = [named(name, Path(name)) if Path(name).is_file() else name for name in args.traces]

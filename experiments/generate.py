@@ -11,14 +11,15 @@ from typing import Any, Literal, cast
 import torch
 import tyro
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, PreTrainedModel, TextStreamer
+from transformers import CompileConfig, DynamicCache, LogitsProcessorList, PreTrainedModel, TextStreamer
 
 from experiments.cli import run
 from experiments.evaluate import make_policies
+from kvenv.finite import check_run
 from kvenv.generation import EvictingCache
 from kvenv.identity import cache_shape
 from kvenv.models import LoadedModel, check_tokens, load_model
-from kvenv.sampling import check_sampling
+from kvenv.sampling import Finite, check_sampling
 from kvenv.state import Protection
 from kvenv.tasks.prompt import Framer
 
@@ -147,6 +148,8 @@ def generate(args: Args) -> str:
     ------
     ValueError
         If an argument is impossible.
+    FloatingPointError
+        If the LLM's logits or the policy's priorities were NaN: what was printed means nothing.
     """
     if args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {args.max_new_tokens} is impossible: it must be at least 1")
@@ -167,18 +170,20 @@ def generate(args: Args) -> str:
             compileable=args.compile,
         )
     tokenizer: Any = loaded.tokenizer
-    clock = Clock(tokenizer)
+    clock, finite = Clock(tokenizer), Finite()
     torch.manual_seed(args.seed)
     out = cast(Any, model.generate)(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=evicting or DynamicCache(config=model.config),
         streamer=clock,
+        logits_processor=LogitsProcessorList([finite]),
         max_new_tokens=args.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id or 0,
         **({"compile_config": compile_config(ids.device)} if args.compile and evicting else {"disable_compile": True}),
         **sampling,
     )
+    check_run(args.policy, ["the prompt"], finite.lost, None if evicting is None else evicting.unranked)
     return report(model, clock.times, ids.shape[1], out.shape[1], evicting)
 
 

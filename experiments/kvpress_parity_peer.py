@@ -59,7 +59,7 @@ def answer(model: Any, prompt: Tensor, policy: str, ratio: float, new: int) -> d
 def main() -> None:
     """Answer until the questions end."""
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], use_safetensors=True).eval()
     for line in sys.stdin:
         asked = json.loads(line)
         print(json.dumps(answer(model, torch.tensor(asked.pop("prompt")), **asked)), flush=True)

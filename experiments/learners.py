@@ -43,6 +43,8 @@ class DecodingArgs:
     """cpu or cuda."""
     dtype: str = "float32"
     """Data type of the LLM."""
+    deterministic: bool = False
+    """Whether to compute the same bits in every run on a GPU, too, which is slower; on a CPU they always are."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from agents.learner import Share, SharedLearner, State
 from experiments.crew import Crew
 from experiments.learners import SharedArgs
 from experiments.validation import Validation
+from kvenv.determinism import set_deterministic
 from kvenv.evaluation import Row
 
 Weights = dict[str, Tensor]
@@ -48,6 +49,8 @@ class Replica:
     """
 
     def __init__(self, args: SharedArgs, state: State) -> None:
+        if args.env.deterministic:
+            set_deterministic()
         self.learner = args.build()
         self.learner.restore(state)
         self.validation = args.validation() if args.run.eval_every else None

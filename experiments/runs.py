@@ -175,13 +175,20 @@ class Run:
             self._events.add_image("kept", image, step, dataformats="HWC")
 
     def save(self, learner: Learner) -> None:
-        """Write the policy and a checkpoint, after everything that was logged up to here is on disk."""
+        """Write the policy and a checkpoint, after everything that was logged up to here is on disk.
+
+        Raises
+        ------
+        FloatingPointError
+            If the learner holds NaN or infinity; then nothing is written.
+        """
+        state = learner.state()
+        state.check_finite()
         if self._metrics is not None and self._events is not None:
             self._metrics.flush()
             os.fsync(self._metrics.fileno())
             self._events.flush()
         self._save_policy(learner)
-        state = learner.state()
         values = state.values | {"seconds": self.seconds}
         save_checkpoint(self.directory / CHECKPOINTS, State(state.tensors, values), learner.done)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from experiments.runs import (
     write_config,
 )
 from experiments.validation import Validation, means
+from kvenv.determinism import set_deterministic
 from kvenv.files import digest
 from kvenv.lock import hold
 
@@ -80,10 +82,14 @@ def train(args: LearnerArgs, part_of: Path | None = None) -> Path:
     ValueError
         If an argument is impossible, another process trains there, or a resumed run is given other arguments than more
         updates, another LLM or other data.
+    FloatingPointError, MemoryError
+        If a number is NaN or memory runs out; the message says what there is to go on from.
     SystemExit
         With the code of a signal that came (130 or 143), after a checkpoint.
     """
     _check(args)
+    if args.env.deterministic:
+        set_deterministic()
     with hold(args.run.resume or args.run.out):
         return _train(args, part_of)
 
@@ -109,7 +115,12 @@ def _train(args: LearnerArgs, part_of: Path | None) -> Path:
     if first is not None and not begun:
         started = args.after(train_whole(first, run.directory))
         learner = started.build()
-    with Interruption() as interruption, _team(started, learner) as team, run.writing(learner.done):
+    with (
+        Interruption() as interruption,
+        _team(started, learner) as team,
+        run.writing(learner.done),
+        _telling_what_is_saved(run, part_of),
+    ):
         if learner.done == 0 and validation:
             run.log(0, *_validate(validation, learner, team))
         for _ in track(range(learner.done, args.learner.updates), args.name):
@@ -151,6 +162,7 @@ def _advance(
     """Make one update, and what falls due after it; return whether a signal asks to stop, all being saved."""
     began = time.perf_counter()
     metrics, image = team.update() if team else learner.update(), None
+    _check_metrics(learner, metrics)
     run.seconds += time.perf_counter() - began
     last = learner.done >= args.learner.updates
     if validation and (last or learner.done % args.run.eval_every == 0):
@@ -162,6 +174,25 @@ def _advance(
     if last or stop or learner.done % args.run.save_every == 0:
         run.save(learner)
     return stop
+
+
+def _check_metrics(learner: Learner, metrics: Mapping[str, float]) -> None:
+    """Refuse an update of which a number is none, its gradient's norm among them."""
+    if lost := [tag for tag, value in metrics.items() if not math.isfinite(value)]:
+        traces = ", ".join(repr(name) for name in dict.fromkeys(learner.learnt_from))
+        raise FloatingPointError(f"update {learner.done} gives NaN or infinity in {', '.join(lost)}, traces {traces}")
+
+
+@contextmanager
+def _telling_what_is_saved(run: Run, part_of: Path | None) -> Iterator[None]:
+    """Let errors that end a training say what there is to go on from."""
+    try:
+        yield
+    except (FloatingPointError, MemoryError) as error:
+        kind = FloatingPointError if isinstance(error, FloatingPointError) else MemoryError
+        saved, resume = checkpoints(run.directory / CHECKPOINTS), f"--resume {part_of or run.directory}"
+        there = f"goes on from update {int(saved[-1].name)}" if saved else "begins anew, nothing was saved"
+        raise kind(f"{error}; {resume} {there}") from error
 
 
 def _validate(validation: Validation, learner: Learner, team: Replicas | None) -> tuple[dict[str, float], np.ndarray]:

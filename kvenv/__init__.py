@@ -15,6 +15,7 @@ from kvenv.registry import register_features, register_model, register_reward, r
 from kvenv.traces import Trace, load_traces
 
 if TYPE_CHECKING:
+    from kvenv.determinism import set_deterministic
     from kvenv.env import KVEvictEnv
     from kvenv.expert import GoldenExpert, policy_action
     from kvenv.generation import EvictingCache, restore
@@ -45,6 +46,7 @@ __all__ = [
     "register_traces",
     "restore",
     "rollout",
+    "set_deterministic",
 ]
 
 try:
@@ -66,6 +68,7 @@ _LAZY = {
     "policy_action": "kvenv.expert",
     "restore": "kvenv.generation",
     "rollout": "kvenv.layerwise",
+    "set_deterministic": "kvenv.determinism",
 }
 
 
@@ -80,7 +83,12 @@ def __dir__() -> list[str]:
 
 
 def _register_environments() -> None:
-    """Register the ids once; entry points are strings, so that specs are JSON and nothing heavy is imported."""
+    """Register the ids once; entry points are strings, so that specs are JSON and nothing heavy is imported.
+
+    Neither is ``nondeterministic``. A step adds nothing atomically, on CUDA either: pairs are written and evicted by
+    slot, each slot once; what is sorted has no ties; kvenv's kernels, PyTorch's reductions, and cuBLAS on one stream
+    give equal bits for equal inputs. ``tests/test_determinism.py`` and ``tests/test_gpu.py`` hold it to that.
+    """
     if "KVEvict-v0" not in gymnasium.registry:
         gymnasium.register(
             id="KVEvict-v0",

@@ -6,6 +6,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
@@ -14,12 +15,14 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from kvenv.decode import full_cache_losses
-from kvenv.evaluation import Row, check_cells, kept_fraction
+from kvenv.evaluation import FULL, Row, check_cells, kept_fraction
+from kvenv.finite import check_run, lost_rows
 from kvenv.generation import EvictingCache
 from kvenv.identity import check_policy
 from kvenv.layerwise import Policy, rollout
+from kvenv.memory import in_halves, side_by_side
 from kvenv.models import check_positions, check_tokens
-from kvenv.sampling import Sampling, check_sampling, own_settings
+from kvenv.sampling import Finite, Sampling, check_sampling, own_settings
 from kvenv.state import Protection
 from kvenv.tasks.base import Choice, ChoiceTask, Question, QuestionTask, Score
 from kvenv.traces import Trace
@@ -160,6 +163,11 @@ def answer(
     ------
     ValueError
         If a policy needs the future, a prompt is empty or too long, or a number is impossible.
+    FloatingPointError
+        If the LLM's logits or a policy's priorities are NaN; the message names examples and layer.
+    MemoryError
+        If an example alone exceeds the memory. Where several do, a warning says that half as many are decoded side by
+        side from then on.
     """
     check_cells(batch_size, policies=policies, budgets=budgets, seeds=seeds, examples=ids)
     for name, policy in policies.items():
@@ -168,18 +176,22 @@ def answer(
         check_policy(policy, model)
     for budget in budgets:
         decoding.protection.check(budget)
-    size = decoding.side_by_side(task, batch_size)
+    size = fits = decoding.side_by_side(task, batch_size)
+
+    def parts_of(ids: Sequence[int], size: int) -> list[_Questions | _Choices]:
+        parts = [ids[start : start + size] for start in range(0, len(ids), size)]
+        return [_batch(task, part, model, tokenizer, decoding) for part in parts]
+
+    def halves(part: _Questions | _Choices) -> list[_Questions | _Choices]:
+        return parts_of(part.ids, -(-len(part.ids) // 2))
+
     for start in range(0, len(ids), size):
-        batch = _batch(task, ids[start : start + size], model, tokenizer, decoding)
-        full = batch.runs(None, 0, seeds) if None in policies.values() else []
+        parts = parts_of(ids[start : start + size], fits)
         for budget in budgets:
             for name, policy in policies.items():
-                runs = full if policy is None else batch.runs(policy, budget, seeds)
-                yield [
-                    batch.answer(index, told[index], name, policy is not None, budget, seed, split)
-                    for index in range(len(batch.ids))
-                    for seed, told in zip(seeds, runs, strict=True)
-                ]
+                answers = partial(_Batch.answers, name=name, policy=policy, budget=budget, seeds=seeds, split=split)
+                yield in_halves(parts, answers, halves)
+        fits = min(fits, max(len(part.ids) for part in parts))
 
 
 def answerable(policy: Policy) -> bool:
@@ -207,6 +219,7 @@ class _Batch(ABC, Generic[E]):
     ) -> None:
         self.task, self.ids, self.model, self.decoding = task, list(ids), model, decoding
         self.examples: Sequence[E] = examples
+        self._full: list[list[_Told]] = []
         for example in examples:
             decoding.check(example, model)
 
@@ -222,7 +235,20 @@ class _Batch(ABC, Generic[E]):
         """Return whether seeds matter."""
         return policy is not None and "noise" in policy.needs
 
-    def runs(self, policy: Policy | None, budget: int, seeds: Sequence[int]) -> list[list[_Told]]:
+    def answers(
+        self, *, name: str, policy: Policy | None, budget: int, seeds: Sequence[int], split: str
+    ) -> list[Answer]:
+        """Return the answers of the policy of that name, by example and seed."""
+        if policy is None:
+            self._full = self._full or self._runs(None, 0, seeds)
+        runs = self._full if policy is None else self._runs(policy, budget, seeds)
+        return [
+            self.answer(index, told[index], name, policy is not None, budget, seed, split)
+            for index in range(len(self.ids))
+            for seed, told in zip(seeds, runs, strict=True)
+        ]
+
+    def _runs(self, policy: Policy | None, budget: int, seeds: Sequence[int]) -> list[list[_Told]]:
         """Return what a policy says to each example, by seed."""
         if self.noisy(policy):
             return [self.run(policy, budget, seed) for seed in seeds]
@@ -283,8 +309,11 @@ class _Questions(_Batch[Question]):
                 seed=seed,
                 rollouts=self.ids,
             )
-        told, stops = [], self._stops()
-        for question, tokens in zip(self.examples, self._generate(cache, seed), strict=True):
+        told, stops, finite = [], self._stops(), Finite()
+        generated = self._generate(cache, seed, finite)
+        names = [question.name for question in self.examples]
+        check_run(getattr(policy, "name", FULL), names, finite.lost, None if cache is None else cache.unranked)
+        for question, tokens in zip(self.examples, generated, strict=True):
             most = tokens[: question.max_new_tokens]
             said = list(itertools.takewhile(lambda token: token not in stops, most))
             text = self.tokenizer.decode(said, skip_special_tokens=True)
@@ -294,24 +323,24 @@ class _Questions(_Batch[Question]):
         return told
 
     @torch.no_grad()
-    def _generate(self, cache: EvictingCache | None, seed: int) -> list[list[int]]:
+    def _generate(self, cache: EvictingCache | None, seed: int, finite: Finite) -> list[list[int]]:
         """Return the tokens that follow each prompt, those after its end among them."""
         prompts = [question.context + question.question for question in self.examples]
         width, pad = max(map(len, prompts)), self.tokenizer.pad_token_id or 0
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        if cache is not None and self.decoding.held_out:
-            self.model(input_ids=ids[:, : len(self.examples[0].context)], past_key_values=cache, logits_to_keep=1)
-        decoding = self.decoding
+        decoding, most = self.decoding, max(question.max_new_tokens for question in self.examples)
         sampling = [Sampling(seed, self.ids, decoding.temperature, decoding.top_p)] if decoding.temperature > 0 else []
-        with own_settings(self.model, pad):
+        with side_by_side(len(ids), width + most, "prompts with answers"), own_settings(self.model, pad):
+            if cache is not None and decoding.held_out:
+                self.model(input_ids=ids[:, : len(self.examples[0].context)], past_key_values=cache, logits_to_keep=1)
             out = cast(Any, self.model.generate)(
                 input_ids=ids,
                 attention_mask=mask,
                 past_key_values=cache,
-                max_new_tokens=max(question.max_new_tokens for question in self.examples),
-                logits_processor=LogitsProcessorList(sampling),
+                max_new_tokens=most,
+                logits_processor=LogitsProcessorList([finite, *sampling]),
             )
         return out[:, width:].tolist()
 
@@ -337,6 +366,7 @@ class _Choices(_Batch[Choice]):
                 numbers.append(number)
         if policy is None:
             losses = full_cache_losses(self.model, [trace.tokens for trace in traces])
+            check_run(FULL, [trace.name for trace in traces], lost_rows(losses.nll, losses.entropy), None)
         else:
             losses = rollout(
                 policy,

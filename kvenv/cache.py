@@ -60,6 +60,12 @@ class SlotCache(HandedCache):
     seed : int
         Seed of the noise.
 
+    Attributes
+    ----------
+    unranked : Tensor (L, N) bool or None
+        Where the policy ranked candidates by NaN, so that what it evicted means nothing; see
+        :func:`kvenv.finite.check_run`. None without a policy.
+
     Raises
     ------
     ValueError
@@ -130,6 +136,7 @@ class SlotCache(HandedCache):
         self.future: FutureAttention | None = None
         self.expected_future: FutureAttention | None = None
         self.on_eviction: Callable[[LayerState, Tensor, Tensor], None] | None = None
+        self.unranked = None if policy is None else torch.zeros(shape[:2], dtype=torch.bool, device=device)
         self._encode: Callable[[Pairs], Tensor] | None = getattr(policy, "encode", None)
         self._encoded: list[Tensor | None] = [None] * self.num_layers
 
@@ -246,7 +253,10 @@ class SlotCache(HandedCache):
         if self.policy is None:
             return
         state = self.layer_state(layer, next_position)
-        order = eviction_order(self.policy(state), state.positions, state.mask)
+        priorities = self.policy(state)
+        if self.unranked is not None:
+            self.unranked[layer] |= (priorities.isnan() & state.mask).flatten(1).any(dim=1) & active
+        order = eviction_order(priorities, state.positions, state.mask)
         count = self._excess(state.positions, active)
         if self.on_eviction is not None:
             self.on_eviction(state, order, count)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvenv.attention import HandedCache
+from kvenv.memory import side_by_side
 
 LOGITS_AT_ONCE = 1 << 24
 """Logits that are held at a time: long traces of large vocabularies are scored in chunks ..."""
@@ -186,8 +187,14 @@ def full_cache_losses(model: PreTrainedModel, traces: Sequence[np.ndarray]) -> L
     -------
     Losses
         Per target: entry t - 1 belongs to target t; (N, T - 1) with T the longest trace, zero beyond a trace's end.
+
+    Raises
+    ------
+    MemoryError
+        If memory runs out.
     """
-    batch = collate(traces, device=model.device)
-    # Padding is at the end, where the causal mask hides it.
-    hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-    return score(model, hidden, batch.targets, batch.valid)
+    with side_by_side(len(traces), max(map(len, traces))):
+        batch = collate(traces, device=model.device)
+        # Padding is at the end, where the causal mask hides it.
+        hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        return score(model, hidden, batch.targets, batch.valid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from kvenv.golden import Reduce
 from kvenv.graphs import Call, Graphs, refuse_what_cannot_be_captured
 from kvenv.limits import Limits, observation_nbytes, refuse_what_cannot_fit
 from kvenv.lookahead import KINDS, FullRows, FutureRows, Kind
+from kvenv.memory import side_by_side
 from kvenv.models import LoadedModel, check_tokens
 from kvenv.rewards import WindowLosses
 from kvenv.snapshot import Counters, Snapshot
@@ -111,6 +113,8 @@ class Dynamics:
         ------
         ValueError
             If a trace can't be decoded with its budget.
+        MemoryError
+            If memory runs out.
         """
         loaded = [self._trace(trace) for trace in traces]
         for trace, budget in zip(loaded, budgets, strict=True):
@@ -120,7 +124,8 @@ class Dynamics:
         self.counters.set(rows, trace=traces, budget=budgets, seed=seeds, rollout=rollouts, anchor=anchors)
         self.counters.set(rows, position=anchors, last=last, steps=0, finished=False, truncated=False)
         self._write_rows(rows, loaded)
-        self._prefill(rows, loaded)
+        with self._memory():
+            self._prefill(rows, loaded)
 
     @torch.no_grad()
     def advance(self, priorities: Tensor) -> tuple[WindowLosses, Tensor]:
@@ -140,7 +145,8 @@ class Dynamics:
         Tensor (N, L, H, E) int64
             Evicted positions in order, -1 beyond each head's count.
         """
-        scored = self._run("turn", self._turn, priorities)
+        with self._memory():
+            scored = self._run("turn", self._turn, priorities)
         evicted, window = scored.pop("evicted"), self._window(scored)
         now = self.counters
         active = ~now.finished
@@ -151,7 +157,8 @@ class Dynamics:
 
     def observe(self) -> Observation:
         """Return the observation of every row."""
-        return self._run("observe", lambda: self.features.observe(self.cache))
+        with self._memory():
+            return self._run("observe", lambda: self.features.observe(self.cache))
 
     def truncate(self, rows: np.ndarray) -> None:
         """End the episodes of some rows (indices) before their traces end."""
@@ -208,7 +215,8 @@ class Dynamics:
         """
         self.track(needs)
         traces, anchors = self.counters.trace, self.counters.anchor
-        futures = {kind: self._future(kind, reduce).of(traces, anchors) for kind in KINDS if kind in needs}
+        with self._memory():
+            futures = {kind: self._future(kind, reduce).of(traces, anchors) for kind in KINDS if kind in needs}
 
         def state_of(layer: int) -> LayerState:
             state = self.cache.layer_state(layer, needs=needs)
@@ -262,9 +270,14 @@ class Dynamics:
 
     def _renew(self) -> None:
         """Take an empty cache of all rows; what was captured over another is void."""
-        self.cache = self._new_cache(self.rows, self.capacity)
+        with self._memory():
+            self.cache = self._new_cache(self.rows, self.capacity)
         state = [tensor for tensor, _ in self.cache.row_tensors().values()]
         self.graphs = Graphs(self.model.device, [*state, self.finished]) if self._cuda_graph else None
+
+    def _memory(self) -> AbstractContextManager[None]:
+        """Return a context in which running out of memory names rows and tokens."""
+        return side_by_side(self.rows, self.limits.trace_length)
 
     def _new_cache(self, rows: int, capacity: int, needs: Collection[str] | None = None) -> SlotCache:
         """Return an empty cache that follows ``needs``, this environment's if not given."""

@@ -133,6 +133,7 @@ class KVEvictEnv(gymnasium.Env[Observation, np.ndarray]):
     | ``full_metrics`` | bool | ``False`` | put the full cache's terms into ``info`` whatever the reward |
     | ``dtype`` | str | ``"float32"`` | of the LLM; a registered model keeps its own |
     | ``device`` | str | ``"cpu"`` | of the LLM; a registered model stays where it is |
+    | ``deterministic`` | bool | ``False`` | the same bits in every run: calls :func:`kvenv.set_deterministic` |
     | ``render_mode`` | str | ``None`` | ``"ansi"`` or ``"rgb_array"``: heads × positions, what is kept |
 
     ```python
@@ -176,6 +177,7 @@ class KVEvictEnv(gymnasium.Env[Observation, np.ndarray]):
         full_metrics: bool = False,
         dtype: str = "float32",
         device: str = "cpu",
+        deterministic: bool = False,
         render_mode: str | None = None,
     ) -> None:
         self.vector = KVEvictVectorEnv(
@@ -195,6 +197,7 @@ class KVEvictEnv(gymnasium.Env[Observation, np.ndarray]):
             full_metrics=full_metrics,
             dtype=dtype,
             device=device,
+            deterministic=deterministic,
             render_mode=render_mode,
             autoreset_mode="Disabled",
         )

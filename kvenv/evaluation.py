@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from kvenv.decode import Losses
+from kvenv.finite import check_run, lost_rows
 from kvenv.golden import FutureAttention, expected_future, future_attention
 from kvenv.identity import check_policy
 from kvenv.layerwise import Policy, check_budget, first_decisions, rollout
 from kvenv.lookahead import resampled
+from kvenv.memory import in_halves, side_by_side
 from kvenv.models import check_tokens
 from kvenv.rewards import low_entropy
 from kvenv.state import Protection
@@ -144,6 +147,11 @@ def evaluate(
     ------
     ValueError
         If a budget, seed, trace or need is impossible; the message names it.
+    FloatingPointError
+        If the LLM's logits or a policy's priorities are NaN; the message names traces and layer.
+    MemoryError
+        If a trace alone exceeds the memory. Where several do, a warning says that half as many are decoded side by side
+        from then on: rows don't depend on that, but for the rounding of the LLM's numbers.
     """
     protection = protection or Protection(recent=interval)
     check_cells(batch_size, policies=policies, budgets=budgets, seeds=seeds, traces=trace_ids)
@@ -152,11 +160,14 @@ def evaluate(
     for policy in policies.values():
         check_policy(policy, model)
     setting = _Setting(tuple(budgets), interval, schedule, protection, score_from, by_entropy)
+    fits = batch_size
     for start in range(0, len(trace_ids), batch_size):
-        batch = _Batch(model, source, trace_ids[start : start + batch_size], setting)
+        parts = _Batch(model, source, trace_ids[start : start + batch_size], setting).parts(fits)
         for budget in budgets:
             for name, policy in policies.items():
-                yield list(batch.rows(name, policy, budget, seeds))
+                rows = partial(_Batch.rows, name=name, policy=policy, budget=budget, seeds=seeds)
+                yield in_halves(parts, rows, _Batch.halves)
+        fits = min(fits, max(len(part.ids) for part in parts))
 
 
 def check_cells(batch_size: int, **axes: Collection[object]) -> None:
@@ -244,6 +255,15 @@ class _Batch:
         self._expected: dict[int, FutureAttention] = {}
         self._full: list[_TraceLosses] = []
 
+    def parts(self, size: int) -> list[_Batch]:
+        """Return the same traces in batches of that size."""
+        starts = range(0, len(self.ids), size)
+        return [_Batch(self.model, self.source, self.ids[start : start + size], self.setting) for start in starts]
+
+    def halves(self) -> list[_Batch]:
+        """Return the same traces in two batches, if there are two."""
+        return self.parts(-(-len(self.ids) // 2))
+
     def rows(self, name: str, policy: Policy | None, budget: int, seeds: Sequence[int]) -> Iterator[Row]:
         """Yield the rows of a policy at a budget."""
         if policy is not None and "noise" in policy.needs:
@@ -263,9 +283,11 @@ class _Batch:
             )
             self._golden[key] = future
             if not self._full:
-                length = max(len(trace.tokens) for trace in self.traces) - 1
-                aligned = (batch.by_position(x, length) for x in (losses.nll, losses.entropy, losses.correct))
-                self._full = self._by_trace(Losses(*aligned))
+                length = self._longest - 1
+                aligned = Losses(*(batch.by_position(x, length) for x in (losses.nll, losses.entropy, losses.correct)))
+                names = [trace.name for trace in self.traces]
+                check_run(FULL, names, lost_rows(aligned.nll, aligned.entropy), None)
+                self._full = self._by_trace(aligned)
         return self._golden[key]
 
     def expected(self, budget: int) -> FutureAttention:
@@ -278,9 +300,10 @@ class _Batch:
                 resampled(self.source, trace_id, self._cuts(trace, anchor))
                 for trace_id, trace, anchor in zip(self.ids, self.traces, anchors, strict=True)
             ]
-            self._expected[key] = expected_future(
-                self.model, self._tokens(), continuations, interval=self.setting.interval, anchors=anchors
-            )
+            with side_by_side(len(self.ids), self._longest):
+                self._expected[key] = expected_future(
+                    self.model, self._tokens(), continuations, interval=self.setting.interval, anchors=anchors
+                )
         return self._expected[key]
 
     def _alignment(self, budget: int) -> int:
@@ -299,6 +322,10 @@ class _Batch:
             if self.setting.schedule == "periodic"
             else [first]
         )
+
+    @property
+    def _longest(self) -> int:
+        return max(len(trace.tokens) for trace in self.traces)
 
     def _tokens(self) -> list[np.ndarray]:
         return [trace.tokens for trace in self.traces]

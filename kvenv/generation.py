@@ -155,6 +155,11 @@ class EvictingCache(HandedCache):
         return 0 if self._slots is None else sum(x.nbytes for x in (*self._slots.keys, *self._slots.values))
 
     @property
+    def unranked(self) -> Tensor | None:
+        """Where (L, N) the policy ranked pairs by NaN (:func:`kvenv.finite.check_run`); None before the first token."""
+        return None if self._slots is None else self._slots.unranked
+
+    @property
     def positions(self) -> Tensor:
         """Absolute positions (L, N, H, C) of the cached pairs, -1 where a slot is empty."""
         if self._slots is None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from kvenv import fused
 from kvenv.attention import BEYOND, HandedCache, attention_probabilities, causal_bias
 from kvenv.decode import Batch, Losses, collate, feed, read
+from kvenv.memory import side_by_side
 
 Reduce = Literal["max", "sum"]
 
@@ -271,11 +272,17 @@ def future_attention(
         Full-cache losses, per column of the batch.
     Batch
         The batch that was fed.
+
+    Raises
+    ------
+    MemoryError
+        If memory runs out.
     """
-    batch = collate(traces, anchors=anchors, interval=interval, device=model.device)
-    cache = RecordingCache(model, interval=interval, reduce=reduce)
-    losses = feed(model, cache, batch.tokens, batch.targets, batch.positions, batch.valid)
-    return cache.future(batch.pad), losses, batch
+    with side_by_side(len(traces), max(map(len, traces))):
+        batch = collate(traces, anchors=anchors, interval=interval, device=model.device)
+        cache = RecordingCache(model, interval=interval, reduce=reduce)
+        losses = feed(model, cache, batch.tokens, batch.targets, batch.positions, batch.valid)
+        return cache.future(batch.pad), losses, batch
 
 
 def expected_future(

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from kvenv.cache import SlotCache
 from kvenv.decode import Batch, Losses, collate, feed
+from kvenv.finite import check_run, lost_rows
 from kvenv.golden import FutureAttention
+from kvenv.memory import side_by_side
 from kvenv.models import check_positions, check_tokens
 from kvenv.ranking import eviction_order
 from kvenv.state import LayerState, Protection
@@ -58,6 +60,9 @@ class Rollout:
     losses: Losses
     agreement: Tensor | None
 
+
+Hook = Callable[[LayerState, Tensor, Tensor], None]
+"""Called with (state, order, count) at each decision of each layer."""
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65_536}
 """Tokens fed in one call of the model: a CPU's caches hold the activations of no more, a GPU's memory does."""
@@ -139,7 +144,7 @@ def rollout(
     agreement: bool = False,
     seed: int = 0,
     rollouts: Sequence[int] | None = None,
-    on_eviction: Callable[[LayerState, Tensor, Tensor], None] | None = None,
+    on_eviction: Hook | None = None,
 ) -> Rollout:
     """Decode traces under a policy, all windows in one forward call.
 
@@ -177,10 +182,16 @@ def rollout(
     ValueError
         If there is no trace, one is longer than the model's positions or has tokens that it doesn't know, the model
         isn't on kvenv's attention or is refused by the policy, a budget is impossible or a policy's need is missing.
+    FloatingPointError
+        If the LLM's logits are NaN or infinite, or the policy's priorities NaN, with trace and layer; that is looked at
+        once, at the end.
+    MemoryError
+        If memory runs out; it names rows and tokens.
     """
     if not traces:
         raise ValueError("traces are none: give at least one")
-    check_positions(model, max(len(trace.tokens) for trace in traces), type(model).__name__)
+    longest = max(len(trace.tokens) for trace in traces)
+    check_positions(model, longest, type(model).__name__)
     protection = protection or Protection(recent=interval)
     for trace in traces:
         check_budget(budget, protection, trace, interval)
@@ -192,41 +203,48 @@ def rollout(
         raise ValueError("agreement compares with golden, which needs the future: pass future=")
     anchors = first_decisions(traces, budget=budget, interval=interval, schedule=schedule)
     first_decision = max(anchors) + -max(anchors) % interval
-    batch = collate(
-        [trace.tokens for trace in traces],
-        prompt_lengths=[trace.prompt_length for trace in traces],
-        anchors=anchors,
-        interval=interval,
-        device=model.device,
-    )
-    cache = SlotCache(
-        model,
-        rows=len(traces),
-        capacity=budget + interval if schedule == "periodic" else batch.tokens.shape[1],
-        interval=interval,
-        budget=budget,
-        protection=protection,
-        policy=policy,
-        first_decision=first_decision,
-        last_decision=math.inf if schedule == "periodic" else first_decision,
-        seed=seed,
-    )
-    cache.prompt_length = batch.prompt_length
-    if rollouts is not None:
-        cache.rollout = torch.as_tensor(rollouts, device=model.device)
-    cache.future, cache.expected_future = future, expected_future
-    counter = Agreement(len(traces), model.device) if agreement else None
-    hooks = [hook for hook in (counter, on_eviction) if hook is not None]
+    with side_by_side(len(traces), longest):
+        batch = collate(
+            [trace.tokens for trace in traces],
+            prompt_lengths=[trace.prompt_length for trace in traces],
+            anchors=anchors,
+            interval=interval,
+            device=model.device,
+        )
+        cache = SlotCache(
+            model,
+            rows=len(traces),
+            capacity=budget + interval if schedule == "periodic" else batch.tokens.shape[1],
+            interval=interval,
+            budget=budget,
+            protection=protection,
+            policy=policy,
+            first_decision=first_decision,
+            last_decision=math.inf if schedule == "periodic" else first_decision,
+            seed=seed,
+        )
+        cache.prompt_length = batch.prompt_length
+        if rollouts is not None:
+            cache.rollout = torch.as_tensor(rollouts, device=model.device)
+        cache.future, cache.expected_future = future, expected_future
+        counter = Agreement(len(traces), model.device) if agreement else None
+        cache.on_eviction = _all_of([hook for hook in (counter, on_eviction) if hook is not None])
+        losses = _feed_in_parts(model, cache, batch, interval)
+        aligned = Losses(*(batch.by_position(x, longest - 1) for x in (losses.nll, losses.entropy, losses.correct)))
+    check_run(policy.name, [trace.name for trace in traces], lost_rows(aligned.nll, aligned.entropy), cache.unranked)
+    return Rollout(aligned, counter.mean() if counter else None)
 
-    def tell_hooks(state: LayerState, order: Tensor, count: Tensor) -> None:
+
+def _all_of(hooks: Sequence[Hook]) -> Hook | None:
+    """Return a hook that calls all of them in turn; None if there are none."""
+    if not hooks:
+        return None
+
+    def call(state: LayerState, order: Tensor, count: Tensor) -> None:
         for hook in hooks:
             hook(state, order, count)
 
-    cache.on_eviction = tell_hooks if hooks else None
-    losses = _feed_in_parts(model, cache, batch, interval)
-    length = max(len(trace.tokens) for trace in traces) - 1
-    aligned = Losses(*(batch.by_position(x, length) for x in (losses.nll, losses.entropy, losses.correct)))
-    return Rollout(aligned, counter.mean() if counter else None)
+    return call
 
 
 def _feed_in_parts(model: PreTrainedModel, cache: SlotCache, batch: Batch, interval: int) -> Losses:

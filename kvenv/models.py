@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PretrainedConfig
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, logging
 
 from kvenv import identity
 from kvenv.attention import use_kvenv_attention
@@ -22,6 +24,8 @@ from kvenv.registry import HUB_ID, MODELS
 
 TINY = Path(__file__).parent / "tiny"
 """Directory of the bundled LLM."""
+
+_SHARD = re.compile(r"\w[\w.-]*\.safetensors")
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -158,14 +162,34 @@ def _load(name: str, dtype: str, device: str, revision: str | None, trust_remote
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     refuse_unsupported(name, _read(AutoConfig, name, source, **options))
     tokenizer = _read(AutoTokenizer, name, source, **options)
-    # Safetensors only: other weights are pickles.
-    options |= {"dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
+    _refuse_foreign_shards(name, source, revision)
+    # Safetensors only: other weights are pickles. SDPA: a configuration may name a kernel, compiled code from the hub.
+    options |= {"dtype": DTYPES[dtype], "use_safetensors": True, "attn_implementation": "sdpa"}
+    options |= {"output_loading_info": True}
     with _no_progress_bar() if name == "tiny" else nullcontext():
         model, report = _read(AutoModelForCausalLM, name, source, **options)
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         raise ValueError(f"model {name!r} can't be loaded: its weights lack {len(missing)} tensors, e.g. {missing[0]}")
     return _prepare(name, model.to(device), tokenizer)
+
+
+def _refuse_foreign_shards(name: str, source: str, revision: str | None) -> None:
+    """Refuse an index that names pickles, which transformers would open all the same, or files elsewhere."""
+    try:
+        index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
+    except OSError:  # the weights are in one file
+        return
+    try:
+        named = set(json.loads(Path(str(index)).read_text(encoding="utf-8"))["weight_map"].values())
+        foreign = sorted(str(file) for file in named if not _SHARD.fullmatch(str(file)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"model {name!r} can't be loaded: {SAFE_WEIGHTS_INDEX_NAME} is damaged: {error}") from error
+    if foreign:
+        raise ValueError(
+            f"model {name!r} can't be loaded: {SAFE_WEIGHTS_INDEX_NAME} names {foreign[0]!r}, and only safetensors "
+            "beside it are read"
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from gymnasium.error import ResetNeeded
 from torch import Tensor
 
 from kvenv.features import feature_set
+from kvenv.finite import check_finite
 from kvenv.limits import observation_nbytes, refuse_what_cannot_fit
 from kvenv.ranking import eviction_order
 from kvenv.state import LayerState
@@ -175,6 +176,8 @@ class KVRankEnv(gymnasium.Env[Observation, np.ndarray]):
         ------
         ValueError
             If an option is unknown, or there is no such trace or cut.
+        FloatingPointError
+            If utilities or features of the trace are NaN or infinite.
         """
         super().reset(seed=seed)
         options = options or {}
@@ -188,6 +191,8 @@ class KVRankEnv(gymnasium.Env[Observation, np.ndarray]):
         cut = int(options.get("cut", self.np_random.choice(trace.cuts)))
         self._utility = self._utilities(trace, cut)
         self._observation = self._observe(trace, cut)
+        for what, x in (("utilities", self._utility), ("features", self._observation["features"])):
+            check_finite(what, x[None], lambda: [trace.name])
         self._at = (number, cut)
         return self._copy(), self._info(number, cut)
 

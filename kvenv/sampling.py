@@ -52,6 +52,25 @@ class Sampling(LogitsProcessor):
         return logits - (-drawn.log()).log()
 
 
+class Finite(LogitsProcessor):
+    """Notes on the device which rows get logits that are NaN or infinite; those become 0, which can be sampled from.
+
+    Attributes
+    ----------
+    lost : Tensor (N,) bool
+        So far.
+    """
+
+    lost: torch.Tensor
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Return the logits (N, V)."""
+        # The largest is NaN if one is; -inf alone forbids a token, as generate does.
+        lost = ~scores.amax(dim=-1).isfinite()
+        self.lost = lost | self.lost if hasattr(self, "lost") else lost
+        return scores.where(~lost[:, None], 0.0)
+
+
 @contextmanager
 def own_settings(model: Any, pad: int) -> Iterator[None]:
     """Let a model generate greedily, whatever penalties and sampling its own settings have; only its ends stay."""

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import get_args, overload
 
@@ -31,8 +31,10 @@ from transformers import PreTrainedModel
 
 from kvenv.decode import collate, read
 from kvenv.files import digest, read_json, sealed, unsealed, write_atomic
+from kvenv.finite import check_finite
 from kvenv.golden import RecordingCache, Reduce
 from kvenv.identity import Architecture, ModelIdentity, architecture, fingerprint
+from kvenv.memory import side_by_side
 from kvenv.models import LoadedModel, load_model
 from kvenv.rotary import Rotary
 from kvenv.traces import FAMILIES, Trace, load_traces
@@ -123,6 +125,8 @@ def record(
     ------
     ValueError
         If the interval is below 1 or a trace too short to have a cut.
+    MemoryError
+        If memory runs out; it names rows and tokens.
     """
     if interval < 1:
         raise ValueError(f"interval {interval} is impossible: it must be at least 1")
@@ -132,10 +136,11 @@ def record(
                 f"trace {trace.name!r} has {len(trace.tokens)} tokens: with interval {interval} a cut that leaves a "
                 f"future needs at least {interval + 2}"
             )
-    batch = collate([trace.tokens for trace in traces], interval=interval, device=model.device)
-    cache = RecordingCache(model, interval=interval, reduce=reduce, keep_pairs=True)
-    read(model, cache, batch.tokens, batch.positions, batch.valid)
-    future = cache.future(batch.pad).utility.float()
+    with side_by_side(len(traces), max(len(trace.tokens) for trace in traces)):
+        batch = collate([trace.tokens for trace in traces], interval=interval, device=model.device)
+        cache = RecordingCache(model, interval=interval, reduce=reduce, keep_pairs=True)
+        read(model, cache, batch.tokens, batch.positions, batch.valid)
+        future = cache.future(batch.pad).utility.float()
     recorded, rotary = [], Rotary.of(model)
     for row, trace in enumerate(traces):
         pairs = slice(0, len(trace.tokens) - 1)
@@ -246,12 +251,19 @@ class Recording:
         return self.layers * self.kv_heads * (pairs + 4 * packed) + 8 * self.trace_length
 
     def encode(self, traces: Sequence[RecordedTrace]) -> bytes:
-        """Return a shard of traces, as safetensors."""
+        """Return a shard of traces, as safetensors.
+
+        Raises
+        ------
+        FloatingPointError
+            If a number is NaN or infinite in the store's dtype, with the trace.
+        """
         dtype, tensors = DTYPES[self.dtype], {}
         for number, trace in enumerate(traces):
             for name in TENSORS:
                 tensor = getattr(trace, name)
                 tensor = tensor.to(dtype) if name in ("keys", "values") else tensor
+                check_finite(f"{name} in {self.dtype}", tensor[None], partial(list, [trace.name]))
                 tensors[f"{number}.{name}"] = tensor.cpu().contiguous()
         return save(tensors)
 
@@ -431,7 +443,13 @@ class StoreWriter:
         return sum(len(shard.names) for shard in self._shards)
 
     def add(self, traces: Sequence[RecordedTrace]) -> None:
-        """Write one shard, then the index that lists it."""
+        """Write one shard, then the index that lists it.
+
+        Raises
+        ------
+        FloatingPointError
+            If a number is NaN or infinite in the store's dtype, with the trace; nothing is written.
+        """
         self.write(self.recording.encode(traces), [trace.name for trace in traces])
 
     def write(self, encoded: bytes, names: Sequence[str]) -> None:

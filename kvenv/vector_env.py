@@ -17,8 +17,10 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from kvenv import rewards
+from kvenv.determinism import set_deterministic
 from kvenv.dynamics import Dynamics
 from kvenv.features import feature_set
+from kvenv.finite import check_finite
 from kvenv.golden import Reduce
 from kvenv.limits import Limits, observation_nbytes
 from kvenv.models import load_model
@@ -47,7 +49,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
     num_envs : int
         N.
     model, traces, split, trace_length, budget, interval, schedule, sinks, recent, protect_prompt, features, reward,
-    full_metrics, dtype, device, render_mode
+    full_metrics, dtype, device, deterministic, render_mode
         As in :class:`kvenv.KVEvictEnv`.
     autoreset_mode : str or AutoresetMode
         "NextStep" (the step after the end resets the row, its action is ignored and it is paid 0), "SameStep" (the last
@@ -55,7 +57,8 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         are paid 0 and keep their flags, ``info["active"]`` False, until ``reset(options={"reset_mask": mask})``.
     output : {"numpy", "torch"}
         What observations, rewards, flags and info's values are: arrays, or tensors on the model's device. Masks in info
-        (``_name``) and what the host counts (trace ids, tokens, ...) are always arrays.
+        (``_name``) and what the host counts (trace ids, tokens, ...) are always arrays. NaN and infinity are refused in
+        arrays; at tensors nobody looks, since a step would wait for the device: NaN logits show as a NaN reward there.
     max_episode_steps : int, optional
         Truncate episodes after so many steps.
     cuda_graph : bool
@@ -95,12 +98,15 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         full_metrics: bool = False,
         dtype: str = "float32",
         device: str = "cpu",
+        deterministic: bool = False,
         render_mode: str | None = None,
         autoreset_mode: str | AutoresetMode = "NextStep",
         output: str = "numpy",
         max_episode_steps: int | None = None,
         cuda_graph: bool = False,
     ) -> None:
+        if deterministic:
+            set_deterministic()
         _one_of("schedule", schedule, SCHEDULES)
         _one_of("output", output, OUTPUTS)
         _one_of("render_mode", render_mode, (None, *RENDER_MODES))
@@ -205,7 +211,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         )
         info = self._episode_info()
         info |= _masked({"active": ~self.dynamics.counters.finished}, np.ones(self.num_envs, np.bool_))
-        return self._present(self.dynamics.observe()), info
+        return self._observe(), info
 
     def step(self, actions: Array) -> tuple[dict[str, Array], Array, Array, Array, dict[str, Any]]:
         """Evict by the order of ``actions`` (N, L, H, C), decode a window, pay for it.
@@ -223,6 +229,11 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         ------
         ValueError
             If the actions have another shape or contain NaN.
+        FloatingPointError
+            Under ``output="numpy"``, if a reward or a feature is NaN or infinite, with the trace. All rows are to be
+            reset then.
+        MemoryError
+            If memory runs out, with how many rows of how many tokens. All rows are to be reset then.
         gymnasium.error.ResetNeeded
             Before the first reset.
         """
@@ -247,7 +258,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         else:
             terminated, truncated = self._flags()
         info = self._episode_info() | info | _masked({"active": ~idle}, np.ones(self.num_envs, np.bool_))
-        return self._present(self.dynamics.observe()), reward, terminated, truncated, info
+        return self._observe(), reward, terminated, truncated, info
 
     def layer_states(self, needs: Collection[str] = (), reduce: Reduce = "max") -> Iterator[LayerState]:
         """Return what a policy sees at the current decision of every row, layer by layer.
@@ -292,7 +303,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         for generator, state in zip(self.np_random, snapshot.generators, strict=True):
             generator.bit_generator.state = state
         self._begun, self._seeds = snapshot.begun.copy(), snapshot.seeds
-        return self._present(self.dynamics.observe())
+        return self._observe()
 
     def render(self) -> tuple[Any, ...] | None:
         """Return one frame per row: a str (``ansi``) or an array (``rgb_array``), heads × positions."""
@@ -409,7 +420,22 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
                 f"({self.num_envs},) was expected"
             )
         reward = torch.where(window.valid.any(dim=1), reward, 0.0)
-        return reward if self.output == "torch" else reward.double().cpu().numpy()
+        if self.output == "torch":
+            return reward
+        paid = reward.double().cpu().numpy()
+        check_finite(f"rewards {self.reward!r}", paid, self._names)
+        return paid
+
+    def _observe(self) -> dict[str, Array]:
+        """Return the observation of every row."""
+        observation = self._present(self.dynamics.observe())
+        if self.output == "numpy":
+            check_finite(f"features {self.features!r}", observation["features"], self._names)
+        return observation
+
+    def _names(self) -> list[str]:
+        """Return the names of the rows' traces."""
+        return [self.dynamics.source[int(trace)].name for trace in self.dynamics.counters.trace]
 
     def _flags(self) -> tuple[Array, Array]:
         """Return terminated and truncated (N,)."""
@@ -443,7 +469,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
 
     def _finish(self, ended: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
         """Move what belongs to rows that ended into ``final_obs`` and ``final_info``."""
-        observation = self._present(self.dynamics.observe())
+        observation = self._observe()
         final = np.full(self.num_envs, None, dtype=object)
         for row in np.flatnonzero(ended):
             final[row] = {name: value[row] for name, value in observation.items()}

@@ -17,6 +17,7 @@ from kvenv.models import load_model
 from kvenv.traces import load_traces
 from kvenv.vector_env import KVEvictVectorEnv
 from tests.environments import vector
+from tests.test_determinism import story as digests
 from tests.test_graphs import assert_same, story
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -96,6 +97,13 @@ def test_bfloat16_stays_close_to_float32() -> None:
         done = rollout(agents.make("streaming"), traces, model=loaded.model, budget=128, interval=16)
         means.append(float(done.losses.nll.mean()))
     assert abs(means[0] - means[1]) < 0.05
+
+
+def test_two_processes_compute_the_same_bits_there() -> None:
+    plain = digests("cuda", "off", of="env"), digests("cuda", "off", of="env")
+    assert plain[0] == plain[1], "the spec says that a step is deterministic"
+    asked = digests("cuda", "on", of="all"), digests("cuda", "on", of="all")
+    assert asked[0] == asked[1]
 
 
 def test_imitation_trains_there() -> None:

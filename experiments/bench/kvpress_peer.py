@@ -19,7 +19,7 @@ NEVER_SAID = 10**6
 def main() -> None:
     """Generate as often as asked; the cheapest of the presses decides what goes."""
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map=sys.argv[2]).eval()
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map=sys.argv[2], use_safetensors=True).eval()
     for line in sys.stdin:
         asked = json.loads(line)
         prompt = torch.tensor(asked["prompt"], device=model.device)
