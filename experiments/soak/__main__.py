@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     console = wide_console()
     console.record = True
-    console.print(f"{about['command']}, {about['date']}, commit {about['commit']}")
+    console.print(f"{about['command']}, {about['date']}, commit {about['commit']}", soft_wrap=True)
     console.print(", ".join(f"{name} {value}" for name, value in facts(args.device).items() if value))
     console.print(READING, table(soaked), verdict(soaked), sep="\n")
     write_atomic(args.out / "soak.txt", console.export_text())
