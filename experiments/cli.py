@@ -25,6 +25,7 @@ COMMANDS = {
     "pretrain": "train the bundled LLM anew",
     "quality": "print how well an LLM answers held-out traces with the full cache",
     "relevance": "print how little token identity alone tells of what will be asked",
+    "soak": "run everything in one process for long, and see that it holds no more at the end",
     "headroom": "measure what there is to learn: golden, random and the heuristics on every trace family",
 }
 

@@ -27,6 +27,9 @@ TINY = Path(__file__).parent / "tiny"
 
 _SHARD = re.compile(r"\w[\w.-]*\.safetensors")
 
+KEPT = 8
+"""Loaded models that a process keeps, those asked for last."""
+
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -115,6 +118,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal LM and its tokenizer, or return the copy this process already has.
 
+    The process keeps those of the last :data:`KEPT` different calls, and a registered one for as long as it runs; what
+    else was loaded goes when nobody refers to it any more.
+
     Parameters
     ----------
     name : str
@@ -155,7 +161,7 @@ def load_model(
     return _load(name, dtype, resolved, revision, trust_remote_code)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=KEPT)
 def _load(name: str, dtype: str, device: str, revision: str | None, trust_remote_code: bool) -> LoadedModel:
     """Load from disk or hub; the process-level cache."""
     source = _resolve(name)
@@ -166,7 +172,7 @@ def _load(name: str, dtype: str, device: str, revision: str | None, trust_remote
     # Safetensors only: other weights are pickles. SDPA: a configuration may name a kernel, compiled code from the hub.
     options |= {"dtype": DTYPES[dtype], "use_safetensors": True, "attn_implementation": "sdpa"}
     options |= {"output_loading_info": True}
-    with _no_progress_bar() if name == "tiny" else nullcontext():
+    with no_progress_bar() if name == "tiny" else nullcontext():
         model, report = _read(AutoModelForCausalLM, name, source, **options)
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
@@ -193,7 +199,7 @@ def _refuse_foreign_shards(name: str, source: str, revision: str | None) -> None
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Silence transformers' bar: for a model that loads at once it only stands between the lines of a program."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

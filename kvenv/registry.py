@@ -1,4 +1,4 @@
-"""Named things users can add: models, trace sources, rewards and feature sets."""
+"""Named things users can add: models, trace sources, rewards and feature sets. A name lasts as long as the process."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def held(device: str) -> int:
     OSError
         If the system doesn't tell: it takes Linux.
     """
-    return torch.cuda.memory_allocated() if device.startswith("cuda") else _status("VmRSS")
+    return torch.cuda.memory_allocated() if device.startswith("cuda") else status("VmRSS")
 
 
 def peak(prepare: Callable[..., Callable[[], object]], *arguments: object, device: str) -> int:
@@ -48,14 +48,14 @@ def peak(prepare: Callable[..., Callable[[], object]], *arguments: object, devic
 
 def _resident_peak(prepare: Callable[..., Callable[[], object]], *arguments: object) -> int:
     call = prepare(*arguments)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     result = call()
-    most = _status("VmHWM")
+    most = status("VmHWM")
     del result
     return most - before
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """Return a size in bytes of what Linux knows of this process."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     if found is None:
