@@ -415,7 +415,7 @@ def test_a_dataset_may_mean_something_else_by_answer(
         ({"name": "recal"}, "unknown traces 'recal': known are recall, tracking, dialogue, reasoning"),
         ({"split": "dev"}, "unknown split 'dev': known are train, validation, test"),
         ({"schedule": "never"}, "unknown schedule 'never': known are periodic, prefill"),
-        ({"trace_length": 1}, "trace_length=1 is too short"),
+        ({"trace_length": 1}, "trace_length must be an integer of at least 2, not 1"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], says: str) -> None:
