@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from agents.learner import State
-from kvenv.files import write_atomic
+from kvenv.files import read_json, sealed, unsealed, write_atomic
 
 KEPT = 2
 """Checkpoints that are kept: a damaged newest one has a predecessor."""
@@ -43,9 +43,13 @@ def save_checkpoint(directory: str | os.PathLike[str], state: State, step: int) 
     write_atomic(target / _TENSORS, tensors)
     # Last: a directory without it is not a checkpoint, and its digest says whether both belong together.
     digest = hashlib.sha256(tensors).hexdigest()
-    write_atomic(target / _VALUES, json.dumps({"format": FORMAT, "sha256": digest, "values": state.values}))
-    for old in checkpoints(directory)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    values = sealed({"format": FORMAT, "sha256": digest, "values": state.values})
+    write_atomic(target / _VALUES, json.dumps(values))
+    kept = checkpoints(directory)[-KEPT:]
+    # Those that a killed process left without an end are dropped, too.
+    for old in Path(directory).iterdir():
+        if old.name.isdigit() and old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
@@ -87,9 +91,10 @@ def _read(path: Path) -> State:
     OSError, ValueError, SafetensorError
         If it is damaged or something else.
     """
-    description = json.loads((path / _VALUES).read_text(encoding="utf-8"))
+    description = read_json(path / _VALUES, "a checkpoint")
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{_VALUES} is not a checkpoint of format {FORMAT!r}")
+    description = unsealed(description)
     tensors = (path / _TENSORS).read_bytes()
     if hashlib.sha256(tensors).hexdigest() != description.get("sha256"):
         raise ValueError(f"{_TENSORS} is damaged or belongs to another checkpoint: its digest differs")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from kvenv.files import read_json
 from kvenv.registry import HUB_ID
 
 DESCRIPTION, WEIGHTS = "policy.json", "policy.safetensors"
@@ -50,10 +50,7 @@ def read_description(directory: Path) -> dict[str, Any]:
         If it isn't one.
     """
     path = directory / DESCRIPTION
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a policy description: {error}") from error
+    description = read_json(path, "a policy description")
     if not isinstance(description, dict) or not isinstance(description.get("type"), str):
         raise ValueError(f'{path} is not a policy description: a JSON object with a "type"')
     return description

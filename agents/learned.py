@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from agents.base import Policy
 from agents.hub import DESCRIPTION, WEIGHTS, read_description
 from kvenv.files import write_atomic
-from kvenv.identity import Architecture, ModelIdentity
+from kvenv.identity import Architecture, ModelIdentity, weights_digest
 
 if TYPE_CHECKING:
     import os
@@ -138,6 +138,7 @@ class LearnedPolicy(  # type: ignore[misc]  # Policy.from_pretrained stands in f
             "type": self.type,
             "name": self.name,
             **self.about_network(),
+            "fingerprint": weights_digest(self.scorer.state_dict().items()),
             "model": asdict(self.model),
             "budgets": self.budgets,
             "interval": self.interval,
@@ -158,7 +159,7 @@ class LearnedPolicy(  # type: ignore[misc]  # Policy.from_pretrained stands in f
         return super().save_pretrained(Path(save_directory), **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the weights and then the description, so that it never lies."""
+        """Write the weights and then the description, whose fingerprint says whether both belong together."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.scorer.state_dict().items()}
         write_atomic(save_directory / WEIGHTS, save(tensors))
         write_atomic(save_directory / DESCRIPTION, json.dumps(self.description(), indent=2) + "\n")
@@ -175,7 +176,7 @@ class LearnedPolicy(  # type: ignore[misc]  # Policy.from_pretrained stands in f
             "model": f"{named} ({', '.join(f'{what} {value}' for what, value in known.items() if value is not None)})",
             "budgets": ", ".join(map(str, self.budgets)) if self.budgets else "none in particular",
         }
-        return super().generate_model_card(*args, **{**facts, **kwargs})
+        return _WholeCard(str(super().generate_model_card(*args, **{**facts, **kwargs})))
 
     @classmethod
     def read(cls, directory: Path, device: str = "cpu") -> Self:
@@ -191,7 +192,7 @@ class LearnedPolicy(  # type: ignore[misc]  # Policy.from_pretrained stands in f
         Raises
         ------
         ValueError
-            If a file is malformed, or the weights don't fit the description.
+            If a file is malformed or damaged, or the weights don't fit the description.
         FileNotFoundError
             If one is missing.
         """
@@ -207,8 +208,23 @@ class LearnedPolicy(  # type: ignore[misc]  # Policy.from_pretrained stands in f
             raise
         except Exception as error:  # safetensors and torch raise their own kinds for what isn't theirs
             raise ValueError(f"{weights} doesn't hold this scorer's weights: {error}") from error
+        # Policies of before fingerprints have none.
+        found = weights_digest(policy.scorer.state_dict().items())
+        if (promised := description.get("fingerprint", found)) != found:
+            raise ValueError(
+                f"{weights} is damaged or of another policy: fingerprint {found[:12]}..., where {DESCRIPTION} promises "
+                f"{str(promised)[:12]}...: save it again, or go on with its run (--resume), which writes it anew"
+            )
         policy.scorer.to(device).eval()
         return policy
+
+
+class _WholeCard(ModelCard):
+    """A card that is written whole or not at all: one that is there is never written anew."""
+
+    def save(self, filepath: Path | str) -> None:
+        """Write it."""
+        write_atomic(filepath, str(self))
 
 
 def _known(description: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import agents
 from agents import hub
 from experiments.progress import track
-from experiments.results import ANSWERS, RESULTS, Results, named
+from experiments.results import ANSWERS, RESULTS, Results, named, writing
 from experiments.tables import report, wide_console
 from kvenv.answering import Answer, Decoding, answer, answerable
 from kvenv.evaluation import FULL, Row, evaluate
@@ -146,13 +146,9 @@ def measure(args: Args) -> list[Row]:
     tasks: list[Task] = [_traces(args, name, loaded.tokenizer) for name in names]
     tasks += [task for name in args.tasks for task in load_tasks(name, _setting(args, loaded.tokenizer))]
     asked = [(task, _ids(args, task, loaded.model)) for task in tasks]
-    results = Results(args.out, _terms(args, loaded))
-    try:
+    with writing(args.out, _terms(args, loaded)) as results:
         for task, ids in asked:
             _measure_task(args, task, ids, policies, loaded, results)
-    finally:
-        if results.rows:
-            results.write()
     return results.rows
 
 

@@ -10,10 +10,11 @@ import tyro
 
 from agents import grpo, imitation, kvp, ppo
 from agents.learner import Learner
+from experiments.progress import track
 from experiments.validation import Validation
 from kvenv.models import load_model
 from kvenv.state import Protection
-from kvenv.store import TraceStore
+from kvenv.store import INDEX, TraceStore
 from kvenv.traces import load_traces
 from kvenv.vector_env import KVEvictVectorEnv
 
@@ -114,6 +115,11 @@ class LearnerArgs:
         """Return these arguments, to go on from the policy of the first stage."""
         return replace(self, learner=replace(self.learner, init=str(policy)))
 
+    def files(self) -> dict[str, Path]:
+        """Return the local files that updates learn from, by what they hold; a policy to start from is read once."""
+        traces = Path(self.env.traces)
+        return {"traces": traces} if traces.is_file() else {}
+
     def budgets(self) -> tuple[int, ...]:
         """Return the budgets that it is trained for."""
         return tuple(self.learner.budgets) or (self.env.budget,)
@@ -194,7 +200,14 @@ class KVP(LearnerArgs):
     def build(self) -> Learner:
         """Return the learner at its start."""
         loaded = load_model(self.env.model, dtype=self.env.dtype, device=self.env.device)
-        return kvp.KVPLearner(TraceStore(self.store, loaded.model), self.learner, self.env.device)
+        store = TraceStore(self.store, loaded.model)
+        for shard in track(store.shards, f"checking {self.store}"):
+            store.verify(shard)
+        return kvp.KVPLearner(store, self.learner, self.env.device)
+
+    def files(self) -> dict[str, Path]:
+        """Return the store's index, which has the digests of its shards, besides the others'."""
+        return super().files() | {"store": self.store / INDEX}
 
     def budgets(self) -> tuple[int, ...]:
         """Refuse: a ranking is good for all budgets, so that those of the evaluation must be given."""

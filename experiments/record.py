@@ -12,7 +12,9 @@ import tyro
 
 from experiments.cli import run
 from experiments.progress import track
+from experiments.results import named
 from kvenv.golden import Reduce
+from kvenv.lock import hold
 from kvenv.models import load_model
 from kvenv.store import Recording, StoreWriter, record
 from kvenv.traces import load_traces
@@ -53,12 +55,24 @@ class Args:
 
 
 def record_store(args: Args) -> None:
-    """Record what the store lacks, a shard at a time; say before how large it will be."""
+    """Record what the store lacks, a shard at a time; say before how large it will be.
+
+    Raises
+    ------
+    ValueError
+        If an argument is impossible, another process records there, or the store is another recording's.
+    """
     for name, value in (("num_traces", args.num_traces), ("batch_size", args.batch_size), ("interval", args.interval)):
         if value < 1:
             raise ValueError(f"{name} {value} is impossible: it must be at least 1")
     if args.first_trace < 0:
         raise ValueError(f"first_trace {args.first_trace} is impossible: it must be at least 0")
+    with hold(args.out):
+        _record(args)
+
+
+def _record(args: Args) -> None:
+    """Record where nobody else writes."""
     loaded = load_model(args.model, dtype=args.dtype, device=args.device)
     loaded.check_length(args.trace_length)
     source = load_traces(args.traces, split=args.split, tokenizer=loaded.tokenizer, trace_length=args.trace_length)
@@ -67,7 +81,8 @@ def record_store(args: Args) -> None:
         raise ValueError(f"traces {args.traces!r} are {source.size}: first_trace + num_traces asks for {last}")
     recording = Recording.of(
         loaded,
-        traces=args.traces,
+        # A file that was edited is another one.
+        traces=named(args.traces, Path(args.traces)) if Path(args.traces).is_file() else args.traces,
         split=args.split,
         trace_length=args.trace_length,
         first_trace=args.first_trace,

@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +31,17 @@ from torch.utils.tensorboard.summary import hparams
 import kvenv
 from agents.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from agents.learner import Learner, State
-from kvenv.files import write_atomic
+from kvenv.files import (
+    DISK_ERRORS,
+    check_writable,
+    naming,
+    read_json,
+    read_lines,
+    remove_leftovers,
+    sealed,
+    unsealed,
+    write_atomic,
+)
 
 CONFIG, METRICS, CHECKPOINTS, POLICY = "config.json", "metrics.jsonl", "checkpoints", "policy"
 SHOWN = ("eval/answer_loss", "eval/answer_accuracy", "rollout/ep_rew_mean")
@@ -61,8 +72,19 @@ class Run:
         self._events: SummaryWriter | None = None
 
     @classmethod
-    def create(cls, directory: Path, learner: str, arguments: Any) -> Run:
+    def create(cls, directory: Path, learner: str, arguments: Any, made_from: Mapping[str, Any] | None = None) -> Run:
         """Make a run directory.
+
+        Parameters
+        ----------
+        directory : Path
+            Where.
+        learner : str
+            Who learns.
+        arguments : dataclass
+            All that it was told.
+        made_from : mapping, optional
+            Digests of what it learns with and from, see :meth:`check_made_from`.
 
         Raises
         ------
@@ -74,31 +96,63 @@ class Run:
         config = {
             "learner": learner,
             "arguments": to_json(arguments),
+            "made_from": dict(made_from or {}),
             "commit": commit(),
             "version": kvenv.__version__,
         }
         write_config(directory, config)
         return cls(directory)
 
+    def check_made_from(self, made_from: Mapping[str, Any]) -> None:
+        """Refuse to go on with another LLM or other data than the run was begun with, as far as their digests tell.
+
+        Raises
+        ------
+        ValueError
+            Naming the first that differs, with both digests.
+        """
+        for name, (was, now) in changed(self.config.get("made_from", {}), made_from).items():
+            if was is not None:  # runs of before digests have none
+                raise ValueError(
+                    f"{self.directory} was begun with another {name} than is there now: digest {str(was)[:12]}..., not "
+                    f"{str(now)[:12]}...: put the old one back, or begin a new run"
+                )
+
     def restore(self, learner: Learner) -> None:
-        """Let a learner go on from the newest checkpoint that can be read; without any it starts anew."""
+        """Let a learner go on from the newest checkpoint that can be read; without any it starts anew.
+
+        The policy is written anew: who was killed may have left its two files of different updates.
+        """
         if not checkpoints(self.directory / CHECKPOINTS):
             return
         state = load_checkpoint(self.directory / CHECKPOINTS)
         values = dict(state.values)
         self.seconds = float(values.pop("seconds", 0.0))
         learner.restore(State(state.tensors, values))
+        self._save_policy(learner)
 
     @contextmanager
     def writing(self, done: int) -> Iterator[None]:
-        """Open metrics and events for what comes after step ``done``; what is there of later steps is cut off."""
+        """Open metrics and events for what comes after step ``done``; what is there of later steps is cut off.
+
+        Raises
+        ------
+        OSError
+            If the directory, or one in it, can't be written in.
+        """
         path = self.directory / METRICS
+        # Here, not at the first checkpoint, it shows that nothing can be written.
+        for place in (CHECKPOINTS, POLICY):
+            check_writable(self.directory / place)
+            remove_leftovers(self.directory / place)
         # A run without a checkpoint has no step at all, not even step 0.
         started = bool(checkpoints(self.directory / CHECKPOINTS))
         kept = [line for line in read_metrics(self.directory) if started and line["step"] <= done]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         _pass_second(self.directory)
         with (
+            naming(self.directory),
+            _threads_quiet_of_disks(),
             path.open("a", encoding="utf-8") as self._metrics,
             SummaryWriter(str(self.directory), purge_step=done + started) as self._events,
         ):
@@ -126,12 +180,32 @@ class Run:
             self._metrics.flush()
             os.fsync(self._metrics.fileno())
             self._events.flush()
-        policy: Any = learner.policy
-        policy.training = {**policy.training, "run": self.config}
-        policy.save_pretrained(self.directory / POLICY)
+        self._save_policy(learner)
         state = learner.state()
         values = state.values | {"seconds": self.seconds}
         save_checkpoint(self.directory / CHECKPOINTS, State(state.tensors, values), learner.done)
+
+    def _save_policy(self, learner: Learner) -> None:
+        """Write the policy, which says what run it is of."""
+        policy: Any = learner.policy
+        policy.training = {**policy.training, "run": self.config}
+        policy.save_pretrained(self.directory / POLICY)
+
+
+@contextmanager
+def _threads_quiet_of_disks() -> Iterator[None]:
+    """Keep TensorBoard's thread from printing what it can't write: whoever logs next gets the same error."""
+    before = threading.excepthook
+
+    def told(failure: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in DISK_ERRORS):
+            before(failure)
+
+    threading.excepthook = told
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _pass_second(directory: Path) -> None:
@@ -188,30 +262,40 @@ def read_config(directory: Path) -> dict[str, Any]:
     ValueError
         If there is none, or it isn't one.
     """
+    path = directory / CONFIG
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(path, "the configuration of a run")
     except FileNotFoundError:
         raise ValueError(f"{directory} is no run: it has no {CONFIG}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{directory / CONFIG} is damaged: {error}") from error
-    if not isinstance(config, dict) or not {"learner", "arguments", "commit"} <= set(config):
-        raise ValueError(f"{directory / CONFIG} is not the configuration of a run")
-    return config
+    known = isinstance(config, dict) and {"learner", "arguments", "commit"} <= set(config)
+    objects = known and all(isinstance(config.get(name, {}), dict) for name in ("arguments", "made_from"))
+    if not objects or not isinstance(config["learner"], str):
+        raise ValueError(f"{path} is not the configuration of a run")
+    try:
+        return unsealed(config)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:
     """Write a run's ``config.json``."""
-    write_atomic(directory / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_atomic(directory / CONFIG, json.dumps(sealed(config), indent=2) + "\n")
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:
-    """Return the lines of ``metrics.jsonl`` up to a first damaged one, which a killed run leaves at the end."""
-    path, lines = directory / METRICS, []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    """Return the lines of ``metrics.jsonl`` but for a torn last one, which a killed run leaves.
+
+    Raises
+    ------
+    ValueError
+        If another line is damaged, with its number.
+    """
+    path = directory / METRICS
+    lines = read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        numbers = isinstance(line, dict) and all(type(value) in (int, float) for value in line.values())
+        if not numbers or type(line.get("step")) is not int:
+            raise ValueError(f"{path}:{number} is not a step's metrics: numbers by tag, and the step")
     return lines
 
 
@@ -227,21 +311,27 @@ def from_json(default: Arguments, values: Mapping[str, Any]) -> Arguments:
     Raises
     ------
     ValueError
-        If a value's name is unknown.
+        If a value's name is unknown, or it is of another type.
     """
     unknown = set(values) - {field.name for field in fields(default)}  # type: ignore[arg-type]
     if unknown:
         raise ValueError(f"{CONFIG} has unknown arguments {sorted(unknown)}: it is of another version of kvenv")
-    return replace(default, **{name: _like(getattr(default, name), value) for name, value in values.items()})  # type: ignore[type-var]
+    return replace(default, **{name: _like(getattr(default, name), value, name) for name, value in values.items()})  # type: ignore[type-var]
 
 
-def _like(default: Any, value: Any) -> Any:
+def _like(default: Any, value: Any, name: str) -> Any:
     """Return a JSON value in the type of a default."""
-    if is_dataclass(default):
+    if default is None:
+        return value
+    if is_dataclass(default) and isinstance(value, dict):
         return from_json(default, value)
-    if isinstance(default, Path) and value is not None:
+    if isinstance(default, Path) and isinstance(value, str):
         return Path(value)
-    return tuple(value) if isinstance(default, tuple) else value
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(value)
+    if type(value) is type(default) or {type(value), type(default)} <= {int, float}:
+        return value
+    raise ValueError(f"{CONFIG} has {name} {value!r}, where a value like {default!r} is right")
 
 
 def changed(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -30,6 +30,8 @@ from experiments.runs import (
     write_config,
 )
 from experiments.validation import Validation
+from kvenv.files import digest
+from kvenv.lock import hold
 
 
 def parse(arguments: Sequence[str]) -> LearnerArgs:
@@ -70,11 +72,18 @@ def train(args: LearnerArgs, part_of: Path | None = None) -> Path:
     Raises
     ------
     ValueError
-        If an argument is impossible, or a resumed run is given other arguments than more updates.
+        If an argument is impossible, another process trains there, or a resumed run is given other arguments than more
+        updates, another LLM or other data.
     SystemExit
         With the code of a signal that came (130 or 143), after a checkpoint.
     """
     _check(args)
+    with hold(args.run.resume or args.run.out):
+        return _train(args, part_of)
+
+
+def _train(args: LearnerArgs, part_of: Path | None) -> Path:
+    """Train, see :func:`train`, in a directory in which nobody else writes."""
     if args.run.resume is not None:
         _refuse_changes(args)
     first = args.first_stage(args.run.resume or args.run.out)
@@ -82,8 +91,10 @@ def train(args: LearnerArgs, part_of: Path | None = None) -> Path:
     started = args.after(first.run.out / POLICY) if first is not None and begun else args
     # Both are made before the directory is: they find what is impossible.
     learner, validation = started.build(), args.validation() if args.run.eval_every else None
-    run = Run.create(args.run.out, args.name, args) if args.run.resume is None else Run(args.run.resume)
+    made_from = _made_from(args, learner)
+    run = Run.create(args.run.out, args.name, args, made_from) if args.run.resume is None else Run(args.run.resume)
     if args.run.resume is not None:
+        run.check_made_from(made_from)
         run.restore(learner)
         _extend(run, args.learner.updates, learner.done)
     if first is not None and not begun:
@@ -142,6 +153,12 @@ def _check(args: LearnerArgs) -> None:
     ):
         if value < least:
             raise ValueError(f"--{name} {value} is impossible: it must be at least {least}")
+
+
+def _made_from(args: LearnerArgs, learner: Learner) -> dict[str, str]:
+    """Return the digests of the LLM and the local data that a training depends on."""
+    policy: Any = learner.policy
+    return {"model": policy.model.fingerprint} | {name: digest(path) for name, path in args.files().items()}
 
 
 def _refuse_changes(args: LearnerArgs) -> None:

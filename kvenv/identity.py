@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvenv.rotary import Rotary
@@ -42,10 +43,15 @@ def fingerprint(model: PreTrainedModel) -> str:
     Of the configuration only the type counts, since versions of transformers add entries of their own; what else of it
     a cache depends on is in :func:`architecture`. It is computed once per model object, half a second per gigabyte.
     """
-    digest = hashlib.sha256(model.config.model_type.encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return weights_digest(model.named_parameters(), model.config.model_type)
+
+
+def weights_digest(tensors: Iterable[tuple[str, Tensor]], kind: str = "") -> str:
+    """Return the SHA-256 of named tensors, in the order of their names: names, shapes, dtypes and all bits."""
+    digest = hashlib.sha256(kind.encode())
+    for name, tensor in sorted(tensors, key=lambda named: named[0]):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,7 +1,8 @@
 """Recorded traces: pairs and utilities of one full-cache pass, so that ranking is learned without the LLM.
 
 A store is a directory of safetensors shards and ``index.json``, which lists them. A shard is written whole, then the
-index that names it: what a killed recording leaves is a smaller store. Shards are read memory-mapped.
+index that names it: what a killed recording leaves is a smaller store. Shards are read memory-mapped, so that opening
+a store doesn't read them: whether their bits are those that were written, :meth:`TraceStore.verify` says.
 
 The utility of a pair at a cut n is one of golden's (:mod:`kvenv.golden`): ForesightKV's largest mean over a window of
 the trace's queries j >= n and the group (``reduce="max"``), or KVP's sum over these queries of the largest attention in
@@ -11,6 +12,7 @@ a cut's utilities concern its n pairs only, so they take T² / 2W numbers per he
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvenv.decode import collate, read
-from kvenv.files import write_atomic
+from kvenv.files import digest, read_json, sealed, unsealed, write_atomic
 from kvenv.golden import RecordingCache, Reduce
 from kvenv.identity import Architecture, ModelIdentity, architecture, fingerprint
 from kvenv.models import LoadedModel, load_model
@@ -259,10 +261,21 @@ class Recording:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of a store, and the names of the traces in it, in order."""
+    """A file of a store.
+
+    Attributes
+    ----------
+    file : str
+        Its name.
+    names : list of str
+        The traces in it, in order.
+    sha256 : str or None
+        Of the file; None in stores of before digests.
+    """
 
     file: str
     names: list[str]
+    sha256: str | None = None
 
 
 class TraceStore(Sequence[RecordedTrace]):
@@ -281,6 +294,8 @@ class TraceStore(Sequence[RecordedTrace]):
         What it holds.
     identity : ModelIdentity
         Which LLM was recorded; with ``model``, all of its architecture.
+    shards : list of Shard
+        Its files.
 
     Raises
     ------
@@ -292,12 +307,12 @@ class TraceStore(Sequence[RecordedTrace]):
 
     def __init__(self, directory: str | os.PathLike[str], model: PreTrainedModel | None = None) -> None:
         self.directory = Path(directory)
-        self.recording, shards = read_index(self.directory)
+        self.recording, self.shards = read_index(self.directory)
         self.identity = self.recording.identity
         if model is not None:
             self._check_model(model)
             self.identity = replace(self.identity, architecture=architecture(model))
-        self._traces = [trace for shard in shards for trace in self._open(shard)]
+        self._traces = [trace for shard in self.shards for trace in self._open(shard)]
 
     def __len__(self) -> int:
         return len(self._traces)
@@ -310,6 +325,18 @@ class TraceStore(Sequence[RecordedTrace]):
 
     def __getitem__(self, index: int | slice) -> RecordedTrace | list[RecordedTrace]:
         return self._traces[index]
+
+    def verify(self, shard: Shard) -> None:
+        """Read all of a shard and compare its digest, about a second per gigabyte; `kvenv train kvp` begins with that.
+
+        Raises
+        ------
+        ValueError
+            If it isn't what was written.
+        """
+        path = self.directory / shard.file
+        if shard.sha256 is not None and shard.sha256 != digest(path):
+            raise ValueError(f"{path} is damaged: its digest is not the one in {INDEX}; record the store anew")
 
     def _check_model(self, model: PreTrainedModel) -> None:
         """Refuse an LLM that wasn't recorded."""
@@ -403,10 +430,11 @@ class StoreWriter:
                 tensor = tensor.to(dtype) if name in ("keys", "values") else tensor
                 tensors[f"{number}.{name}"] = tensor.cpu().contiguous()
         file = f"shard-{len(self._shards):05d}.safetensors"
-        write_atomic(self.directory / file, save(tensors))
-        self._shards.append(Shard(file, [trace.name for trace in traces]))
+        content = save(tensors)
+        write_atomic(self.directory / file, content)
+        self._shards.append(Shard(file, [trace.name for trace in traces], hashlib.sha256(content).hexdigest()))
         shards = [asdict(shard) for shard in self._shards]
-        index = {"format": FORMAT, **asdict(self.recording), "shards": shards}
+        index = sealed({"format": FORMAT, **asdict(self.recording), "shards": shards})
         write_atomic(self.directory / INDEX, json.dumps(index, indent=1) + "\n")
 
 
@@ -423,8 +451,8 @@ def read_index(directory: Path) -> tuple[Recording, list[Shard]]:
     path = directory / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is no trace store, it has no {INDEX}: record one with `kvenv record`")
+    index = read_json(path, "the index of a trace store")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
             raise ValueError(f"its format is {index['format']!r}, not {FORMAT!r}")
         for field in fields(Recording):
@@ -438,12 +466,19 @@ def read_index(directory: Path) -> tuple[Recording, list[Shard]]:
         ):
             if not possible:
                 raise ValueError(f"{name} {getattr(recording, name)!r} is impossible")
-        shards = [Shard(str(shard["file"]), [str(name) for name in shard["names"]]) for shard in index["shards"]]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        shards = [
+            Shard(str(shard["file"]), [str(name) for name in shard["names"]], shard.get("sha256"))
+            for shard in index["shards"]
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the index of a trace store: {error}") from error
     for shard in shards:
         if not _SHARD.fullmatch(shard.file):
             raise ValueError(f"{path} names the shard {shard.file!r}: only shard-NNNNN.safetensors beside it is read")
+    try:
+        unsealed(index)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     return recording, shards
 
 

@@ -82,7 +82,7 @@ def test_saving_writes_three_files_and_says_nothing(
     assert (*capfd.readouterr(), caplog.text, len(recwarn)) == ("", "", "", 0)
     description = json.loads((tmp_path / "policy.json").read_text())
     assert list(description) == [
-        "type", "name", "features", "shape", "model", "budgets", "interval", "training",
+        "type", "name", "features", "shape", "fingerprint", "model", "budgets", "interval", "training",
     ]  # fmt: skip
     assert description["model"] == json.loads(json.dumps(asdict(policy.model)))
     assert description["model"]["name"] == MODEL

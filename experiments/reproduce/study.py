@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from experiments import evaluate, record
 from experiments.jobs import Job, read_times, run_jobs
 from experiments.learners import LearnerArgs
-from experiments.results import read_rows, write_rows
+from experiments.results import read_rows, rows_of, write_rows
 from experiments.runs import CONFIG, POLICY, changed, read_config
 from experiments.train import train_whole
 from kvenv.evaluation import Row
 from kvenv.evaluation import evaluate as evaluate_policies
-from kvenv.files import write_atomic
+from kvenv.files import append_line, read_lines, write_atomic
 from kvenv.layerwise import Policy
+from kvenv.lock import hold
 from kvenv.models import load_model
 from kvenv.traces import load_traces
 
@@ -98,8 +99,9 @@ class Study(ABC, Generic[S]):
 
     def carry_out(self, processes: int) -> None:
         """Do what isn't done, ``processes`` jobs at a time."""
-        self.begin()
-        run_jobs(self.jobs(), processes, self.out / "times.json")
+        with hold(self.out):
+            self.begin()
+            run_jobs(self.jobs(), processes, self.out / "times.json")
 
     def times(self) -> dict[str, float]:
         """Return the seconds of each job so far."""
@@ -152,26 +154,50 @@ def train_job(args: LearnerArgs, result: Path) -> None:
 
 
 def measure(args: evaluate.Args, contestants: Sequence[Contestant], paths: Sequence[Path], result: Path) -> None:
-    """Evaluate on all families those who aren't yet, and write their rows under their names and trainings' seeds."""
+    """Evaluate on all families those who aren't yet, and write their rows under their names and trainings' seeds.
+
+    A batch's rows are on disk, in a file of lines beside the one they will be in, before the next begins.
+    """
     todo = {f"{one.name}-{one.seed}": (one, path) for one, path in zip(contestants, paths) if not path.exists()}
     loaded = load_model(args.model)
     policies = {label: one.make(args.device) for label, (one, _) in todo.items()}
-    rows: dict[str, list[Row]] = {label: [] for label in todo}
     for family in args.traces if todo else ():
         source = load_traces(family, split=args.split, tokenizer=loaded.tokenizer, trace_length=args.trace_length)
+        missing = _missing(args, source.name, [path for _, path in todo.values()])
         batches = evaluate_policies(
             policies,
             source,
-            range(args.num_traces),
+            missing,
             model=loaded.model,
             budgets=args.budgets,
             seeds=args.seeds,
             score_from=args.score_from,
             batch_size=args.batch_size,
         )
-        for row in itertools.chain.from_iterable(batches):
-            one, _ = todo[row.policy]
-            rows[row.policy].append(replace(row, policy=one.name, seed=one.seed))
-    for label, (_, path) in todo.items():
-        write_rows(rows[label], path)
+        for batch in batches if missing else ():
+            for label, (one, path) in todo.items():
+                if rows := [replace(row, policy=one.name, seed=one.seed) for row in batch if row.policy == label]:
+                    append_line(_journal(path), [asdict(row) for row in rows])
+    for _, path in todo.values():
+        write_rows(_measured(path), path)
+        _journal(path).unlink(missing_ok=True)
     write_atomic(result, "")
+
+
+def _journal(path: Path) -> Path:
+    """Return where the rows of a file are until all are there."""
+    return path.with_suffix(".jsonl")
+
+
+def _measured(path: Path) -> list[Row]:
+    """Return the rows that are there so far, none twice."""
+    journal = _journal(path)
+    batches = [rows_of(rows, f"{journal}:{number}") for number, rows in enumerate(read_lines(journal), start=1)]
+    rows = {(row.traces, row.trace, row.budget): row for batch in batches for row in batch}
+    return list(rows.values())
+
+
+def _missing(args: evaluate.Args, family: str, paths: Sequence[Path]) -> list[int]:
+    """Return the traces of a family that not all have been measured on at all budgets."""
+    there = Counter(row.trace for path in paths for row in _measured(path) if row.traces == family)
+    return [trace for trace in range(args.num_traces) if there[trace] != len(paths) * len(args.budgets)]
