@@ -110,7 +110,11 @@ def make(name_or_directory: str | os.PathLike[str], **kwargs: Any) -> Policy:
 def _load(directory_or_id: str, *, revision: str | None = None, **kwargs: Any) -> Policy:
     """Return a learned policy by the loader of its type."""
     directory = hub.find(directory_or_id, revision)
-    return _TYPES.get(hub.read_description(directory)["type"])(directory, **kwargs)
+    kind = hub.read_description(directory)["type"]
+    if kind not in _TYPES:
+        known = ", ".join(_TYPES.names())
+        raise ValueError(f"{directory / hub.DESCRIPTION} is of the unknown policy type {kind!r}: known are {known}")
+    return _TYPES.get(kind)(directory, **kwargs)
 
 
 def _lazy(module: str, attribute: str) -> Callable[..., Any]:

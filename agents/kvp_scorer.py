@@ -179,8 +179,13 @@ class KVPPolicy(LearnedPolicy):
         return {"shape": list(self.scorer.shape), "inv_freq": self.scorer.inv_freq.tolist()}
 
     @classmethod
-    def build(cls, description: dict[str, Any], **known: Any) -> KVPPolicy:
-        """Return a policy with a scorer of a description's shape."""
+    def network(cls, description: dict[str, Any]) -> KVPScorer:
+        """Return a scorer of a description's shape."""
         layers, heads, head_dim, embedding, hidden = (int(size) for size in description["shape"])
         inv_freq = [float(frequency) for frequency in description["inv_freq"]]
-        return cls(KVPScorer(layers, heads, head_dim, embedding, hidden, inv_freq), **known)
+        return KVPScorer(layers, heads, head_dim, embedding, hidden, inv_freq)
+
+    @classmethod
+    def build(cls, description: dict[str, Any], **known: Any) -> KVPPolicy:
+        """Return a policy with a description's scorer."""
+        return cls(cls.network(description), **known)

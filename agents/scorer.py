@@ -21,6 +21,9 @@ from kvenv.state import LayerState, Pairs
 
 Inputs = Literal["squashed", "standardised", "raw"]
 
+DEEPEST = 64
+"""More hidden layers nobody needs, and a foreign file's could fill the memory."""
+
 LINEAR = 1e3
 """Spreads within which the inverse hyperbolic sine is a straight line to a millionth of its range."""
 
@@ -50,6 +53,11 @@ class Scorer(nn.Module):
         Hidden layers.
     generator : torch.Generator, optional
         Draws the initial weights; the global one if not given.
+
+    Raises
+    ------
+    ValueError
+        If there are no or too many hidden layers.
     """
 
     centre: Tensor
@@ -67,6 +75,8 @@ class Scorer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if not 1 <= depth <= DEEPEST:
+            raise ValueError(f"depth {depth} must be from 1 to {DEEPEST}")
         self.shape = (layers, heads, features, hidden, depth)
         each, widths = (layers, heads), [features, *[hidden] * depth]
         self.hidden = nn.ModuleList(HeadLinear(each, *sizes, generator) for sizes in pairwise(widths))
@@ -282,10 +292,15 @@ class ScorerPolicy(LearnedPolicy):
         return {"features": self.features, "shape": list(self.scorer.shape)}
 
     @classmethod
-    def build(cls, description: dict[str, Any], **known: Any) -> ScorerPolicy:
-        """Return a policy with a scorer of a description's shape."""
+    def network(cls, description: dict[str, Any]) -> Scorer:
+        """Return a scorer of a description's shape."""
         layers, heads, features, hidden, depth = (int(size) for size in description["shape"])
-        return cls(Scorer(layers, heads, features, hidden, depth), str(description["features"]), **known)
+        return Scorer(layers, heads, features, hidden, depth)
+
+    @classmethod
+    def build(cls, description: dict[str, Any], **known: Any) -> ScorerPolicy:
+        """Return a policy with a description's scorer."""
+        return cls(cls.network(description), str(description["features"]), **known)
 
 
 @cache

@@ -1,9 +1,11 @@
-"""Arguments that mean nothing are refused, whatever their type; imports nothing heavy."""
+"""Arguments, and what JSON says of them: what means nothing is refused, whatever its type. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 def check_integer(name: str, value: object, least: int) -> None:
@@ -45,3 +47,17 @@ def check_options(options: object, known: Sequence[str]) -> Mapping[str, Any]:
     for name in options:
         check_choice("option", name, known)
     return options
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Return whether a JSON value is how a field of that type hint is written."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin in (tuple, list):
+        return isinstance(value, list) and all(fits(one, arguments[0]) for one in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is (str if hint is Path else hint)
