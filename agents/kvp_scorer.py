@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.base import encoded
-from agents.head_networks import HeadLinear, HeadNorm
+from agents.head_networks import WIDEST, HeadLinear, HeadNorm, check_sizes
 from agents.learned import LearnedPolicy
 from kvenv.features import PLACES, log_norms, place
 from kvenv.identity import Architecture, ModelIdentity
@@ -39,6 +39,11 @@ class KVPScorer(nn.Module):
         Angular frequencies of the LLM's rotary embedding.
     generator : torch.Generator, optional
         Of the initial weights.
+
+    Raises
+    ------
+    ValueError
+        If a layer has no units, or too many.
     """
 
     mean: Tensor
@@ -56,6 +61,7 @@ class KVPScorer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(embedding=(embedding, WIDEST), hidden=(hidden, WIDEST))
         self.shape = (layers, heads, head_dim, embedding, hidden)
         each = (layers, heads)
 

@@ -13,16 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from agents.head_networks import At, HeadLinear, HeadNorm
+from agents.head_networks import DEEPEST, WIDEST, At, HeadLinear, HeadNorm, check_sizes
 from agents.learned import LearnedPolicy
 from kvenv.features import Split, feature_set
 from kvenv.identity import Architecture, ModelIdentity, cache_shape
 from kvenv.state import LayerState, Pairs
 
 Inputs = Literal["squashed", "standardised", "raw"]
-
-DEEPEST = 64
-"""More hidden layers nobody needs, and a foreign file's could fill the memory."""
 
 LINEAR = 1e3
 """Spreads within which the inverse hyperbolic sine is a straight line to a millionth of its range."""
@@ -57,7 +54,7 @@ class Scorer(nn.Module):
     Raises
     ------
     ValueError
-        If there are no or too many hidden layers.
+        If there are no hidden units or layers, or too many.
     """
 
     centre: Tensor
@@ -75,8 +72,7 @@ class Scorer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= depth <= DEEPEST:
-            raise ValueError(f"depth {depth} must be from 1 to {DEEPEST}")
+        check_sizes(hidden=(hidden, WIDEST), depth=(depth, DEEPEST))
         self.shape = (layers, heads, features, hidden, depth)
         each, widths = (layers, heads), [features, *[hidden] * depth]
         self.hidden = nn.ModuleList(HeadLinear(each, *sizes, generator) for sizes in pairwise(widths))

@@ -26,7 +26,7 @@ from experiments.learners import LEARNERS, default_arguments
 from experiments.results import ANSWERS, RESULTS, ROWS, SAID, Results
 from experiments.runs import CONFIG, Run, from_json, read_config, saved_arguments, to_json
 from kvenv.evaluation import Row
-from kvenv.models import load_model
+from kvenv.models import TINY, _load, load_model
 from kvenv.rank_env import KVRankEnv
 from kvenv.store import TraceStore
 from tests.environments import MODEL
@@ -215,5 +215,24 @@ def test_evaluations(directory: Path) -> None:
             results.missing("recall", range(3), 1)
 
         refused_by_name(directory, read)
+
+    check()
+
+
+def test_models(directory: Path) -> None:
+    shutil.copytree(TINY, directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+
+    @fuzz(10, changed=changed_json(config) | JSON, data=st.data())
+    def check(changed: Any, data: st.DataObject) -> None:
+        if isinstance(changed, dict) and isinstance(changed.get("num_hidden_layers"), int):
+            changed["num_hidden_layers"] %= 9  # transformers makes as many as are asked for
+        text = json.dumps(changed).encode()
+        path.write_bytes(data.draw(changed_bytes(text)) if data.draw(st.booleans()) else text)
+        _load.cache_clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # transformers' of what it doesn't know
+            refused_by_name(directory, lambda: load_model(str(directory)))
 
     check()
