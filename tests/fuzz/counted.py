@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, run_state_machine_as_test
 from hypothesis.strategies import SearchStrategy
@@ -56,3 +58,22 @@ def run_sequences(machine: Callable[[], Sequences], examples: int) -> None:
 
 def _settings(examples: int) -> settings:
     return settings(max_examples=examples * FACTOR, suppress_health_check=list(HealthCheck))
+
+
+def print_counts(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many examples each property tried, on which commit."""
+    tried = {
+        report.nodeid: dict(report.user_properties)["tried"]
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if dict(getattr(report, "user_properties", ())).get("tried")
+    }
+    if not tried:
+        return
+    from experiments.runs import commit
+
+    total = sum(counts["examples"] for counts in tried.values())
+    terminalreporter.section(f"{total:,} examples (KVENV_FUZZ={FACTOR}), {datetime.date.today()}, commit {commit()}")
+    for name, counts in sorted(tried.items()):
+        told = ", ".join(f"{number:,} {what}" for what, number in sorted(counts.items(), reverse=True))
+        terminalreporter.write_line(f"{name.removeprefix('tests/fuzz/')}: {told}")

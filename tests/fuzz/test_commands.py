@@ -12,7 +12,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,11 +33,11 @@ BASES = {
     "show": f"h2o --traces recall --trace 1 --budget 16 {TINY}",
     "generate": "code --policy h2o --budget 16 --interval 4 --max-new-tokens 3 --temperature 0.5 --top-p 0.9",
     "plan": "grpo --model tiny --updates 3",
-    "train": f"imitation {LEARNING} --budgets 8 --out t",
-    "train ": f"grpo {LEARNING} --budgets 8 --group 2 --epochs 1 --temperature 0.5 --out g",
-    "train  ": f"ppo {LEARNING} --budget 8 --num-envs 2 --out p",
-    "train   ": "kvp --store store --updates 1 --batch 1 --eval-every 0 --out k",
-    "train    ": "--resume run --updates 2",
+    "train imitation": f"imitation {LEARNING} --budgets 8 --out t",
+    "train grpo": f"grpo {LEARNING} --budgets 8 --group 2 --epochs 1 --temperature 0.5 --out g",
+    "train ppo": f"ppo {LEARNING} --budget 8 --num-envs 2 --out p",
+    "train kvp": "kvp --store store --updates 1 --batch 1 --eval-every 0 --out k",
+    "train --resume": "--resume run --updates 2",
     "report": "run --out r",
     "record": "--traces recall --num-traces 2 --trace-length 48 --interval 8 --batch-size 1 --out s",
     "quality": "--lengths 48 64 --traces 1 --split test",
@@ -49,7 +48,7 @@ BASES = {
     "bench": "step --out b",
     "reproduce": "claims --out c",
 }
-"""What works, by command, the names of which may be said in several ways."""
+"""What works, by command and, where it has several, kind."""
 
 MINUTES = ("demo", "pretrain", "bench", "reproduce")
 """Those that can't be made small, or start processes: they are always told something that nobody knows, too."""
@@ -75,20 +74,18 @@ WORDS = [
 ]  # fmt: skip
 
 
-@cache
-def options(command: str, learner: str = "") -> dict[str, str]:
-    """Return the options of a command, and what they take, as its help tells them."""
+def options(kind: str) -> dict[str, str]:
+    """Return the options of what works, and what they take, as the help tells them."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        cli.main([command, *learner.split(), "--help"])
+        cli.main([*kind.replace("--resume", "grpo").split(), "--help"])
     return dict(re.findall(r"(--[a-z][a-z-]+) ([^ \n]+)", shown.getvalue()))
 
 
 @st.composite
-def typed(draw: st.DrawFn, command: str) -> list[str]:
+def typed(draw: st.DrawFn, kind: str, known: dict[str, str]) -> list[str]:
     """Return what works with something replaced, dropped, doubled, or put in, up to three times."""
-    words = BASES[command].split()
-    known = options(command.strip(), words[0] if command.startswith("train") and words[0][0] != "-" else "")
+    words = BASES[kind].split()
     numbers = [place for place, word in enumerate(words) if word.replace(".", "").isdigit()]
     for _ in range(draw(st.integers(1, 3))):
         how = draw(st.sampled_from([*["number", "option"] * 4, "replace", "drop", "insert", "double"]))
@@ -160,11 +157,12 @@ def ended(argv: list[str]) -> tuple[int, str]:
     return code, errors.getvalue()
 
 
-@pytest.mark.parametrize("command", BASES)
-def test_commands_end_with_a_word(place: Path, command: str) -> None:
-    @fuzz(5, words=typed(command))
+@pytest.mark.parametrize("kind", BASES)
+def test_commands_end_with_a_word(place: Path, kind: str) -> None:
+    name = kind.split()[0]
+
+    @fuzz(5, words=typed(kind, options(kind)))
     def check(words: list[str]) -> None:
-        name = command.strip()
         code, errors = ended([name, *words, *(["--nonsense"] if name in MINUTES else [])])
         assert code in (0, 2, 130)
         # Frames are tyro's, where there is no terminal; plan has a parser of its own.

@@ -171,7 +171,7 @@ def test_runs(directory: Path) -> None:
     changed = Changed(directory)
     changed.files = {path: x for path, x in changed.files.items() if "tfevents" not in path.name}
 
-    @fuzz(50, data=st.data())
+    @fuzz(15, data=st.data())
     def check(data: st.DataObject) -> None:
         changed.change(data)
 
