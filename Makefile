@@ -6,12 +6,13 @@ READY := $(VENV)/.installed
 # Two workers suit the two-core machines CI has; a test file stays in one worker, so that its fixtures are made once.
 PYTEST := $(RUN) pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: help demo test test-all lint format
+.PHONY: help demo test test-all fuzz lint format
 
 help:
 	@echo "make demo      train, evaluate and show a first agent with the bundled LLM; results go to runs/"
 	@echo "make test      what CI runs: all tests but the slow ones"
-	@echo "make test-all  all tests"
+	@echo "make test-all  all tests, and ten times as many examples of bad input"
+	@echo "make fuzz      bad input by the thousand, and how many examples were tried"
 	@echo "make lint      ruff, codespell and mypy"
 	@echo "make format    let ruff fix and format"
 
@@ -22,7 +23,10 @@ test: $(READY)
 	$(PYTEST) -m "not slow"
 
 test-all: $(READY)
-	$(PYTEST)
+	KVENV_FUZZ=10 $(PYTEST)
+
+fuzz: $(READY)
+	KVENV_FUZZ=20 $(PYTEST) --dist=load tests/fuzz
 
 lint: $(READY)
 	$(RUN) ruff check

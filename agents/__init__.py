@@ -101,7 +101,7 @@ def make(name_or_directory: str | os.PathLike[str], **kwargs: Any) -> Policy:
     name = os.fspath(name_or_directory)
     if name in _POLICIES:
         return _POLICIES.get(name)(**kwargs)
-    if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
+    if not os.path.isdir(name) and not HUB_ID.fullmatch(name):
         known = ", ".join(names())
         raise ValueError(f"unknown policy {name!r}: known are {known}, or a directory with a policy.json, or a hub id")
     return _load(name, **kwargs)

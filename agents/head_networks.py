@@ -10,6 +10,24 @@ At = slice | int | tuple[Tensor, Tensor]
 """Whose weights: of all layers, of one layer, or of some heads, given by layers and heads (B,)."""
 
 
+WIDEST, DEEPEST = 4096, 64
+"""Units of a layer, and hidden layers: nobody needs more, and a slip of the keyboard, or a foreign file, would ask for
+more than there is memory."""
+
+
+def check_sizes(**sizes: tuple[int, int]) -> None:
+    """Refuse sizes of a network, each with the most that it may be.
+
+    Raises
+    ------
+    ValueError
+        Naming the first that is below 1 or above that.
+    """
+    for name, (size, most) in sizes.items():
+        if not 1 <= size <= most:
+            raise ValueError(f"{name} {size} is impossible: it must be from 1 to {most}")
+
+
 class HeadLinear(nn.Module):
     """A linear layer with weights of its own for every (layer, KV head)."""
 

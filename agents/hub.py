@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def find(directory_or_id: str, revision: str | None = None) -> Path:
         If a directory has no ``policy.json``.
     """
     directory = Path(directory_or_id)
-    if directory.is_dir():
+    if os.path.isdir(directory):  # unlike Path's, it takes any name
         if revision is not None:
             raise ValueError(f"revision {revision!r} means nothing for the directory {directory_or_id!r}: leave it out")
         if not (directory / DESCRIPTION).is_file():

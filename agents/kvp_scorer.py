@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.base import encoded
-from agents.head_networks import HeadLinear, HeadNorm
+from agents.head_networks import WIDEST, HeadLinear, HeadNorm, check_sizes
 from agents.learned import LearnedPolicy
 from kvenv.features import PLACES, log_norms, place
 from kvenv.identity import Architecture, ModelIdentity
@@ -39,6 +39,11 @@ class KVPScorer(nn.Module):
         Angular frequencies of the LLM's rotary embedding.
     generator : torch.Generator, optional
         Of the initial weights.
+
+    Raises
+    ------
+    ValueError
+        If a layer has no units, or too many.
     """
 
     mean: Tensor
@@ -56,6 +61,7 @@ class KVPScorer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(embedding=(embedding, WIDEST), hidden=(hidden, WIDEST))
         self.shape = (layers, heads, head_dim, embedding, hidden)
         each = (layers, heads)
 
@@ -179,8 +185,13 @@ class KVPPolicy(LearnedPolicy):
         return {"shape": list(self.scorer.shape), "inv_freq": self.scorer.inv_freq.tolist()}
 
     @classmethod
-    def build(cls, description: dict[str, Any], **known: Any) -> KVPPolicy:
-        """Return a policy with a scorer of a description's shape."""
+    def network(cls, description: dict[str, Any]) -> KVPScorer:
+        """Return a scorer of a description's shape."""
         layers, heads, head_dim, embedding, hidden = (int(size) for size in description["shape"])
         inv_freq = [float(frequency) for frequency in description["inv_freq"]]
-        return cls(KVPScorer(layers, heads, head_dim, embedding, hidden, inv_freq), **known)
+        return KVPScorer(layers, heads, head_dim, embedding, hidden, inv_freq)
+
+    @classmethod
+    def build(cls, description: dict[str, Any], **known: Any) -> KVPPolicy:
+        """Return a policy with a description's scorer."""
+        return cls(cls.network(description), **known)

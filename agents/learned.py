@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agents.base import Policy
@@ -119,8 +122,13 @@ class LearnedPolicy(  # type: ignore[misc]  # Policy.from_pretrained stands in f
 
     @classmethod
     @abstractmethod
+    def network(cls, description: dict[str, Any]) -> nn.Module:
+        """Return a network of a description's shape, whatever its weights."""
+
+    @classmethod
+    @abstractmethod
     def build(cls, description: dict[str, Any], **known: Any) -> Self:
-        """Return a policy with what is ``known`` and a network of a description's shape, whatever its weights."""
+        """Return a policy with what is ``known`` and a description's network."""
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Refuse a model of another architecture than was trained for; warn once of one with other weights.
@@ -200,18 +208,20 @@ class LearnedPolicy(  # type: ignore[misc]  # Policy.from_pretrained stands in f
         FileNotFoundError
             If one is missing.
         """
-        description = read_description(directory)
+        description, weights = read_description(directory), directory / WEIGHTS
         try:
+            tensors = load(weights.read_bytes())
+        except SafetensorError as error:
+            raise ValueError(f"{weights} is not a policy's weights: {error}") from error
+        try:
+            with torch.device("meta"):  # which has no memory that a foreign file's shape could fill
+                promised = _shapes(cls.network(description).state_dict())
+            if promised != (held := _shapes(tensors)):
+                raise ValueError(f"{WEIGHTS} doesn't hold this scorer's weights: {_difference(promised, held)}")
             policy = cls.build(description, **_known(description))
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{directory / DESCRIPTION} is not a {cls.type} policy's description: {error}") from error
-        weights = directory / WEIGHTS
-        try:
-            policy.scorer.load_state_dict(load(weights.read_bytes()))
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # safetensors and torch raise their own kinds for what isn't theirs
-            raise ValueError(f"{weights} doesn't hold this scorer's weights: {error}") from error
+        policy.scorer.load_state_dict(tensors)
         # Policies of before fingerprints have none.
         found = weights_digest(policy.scorer.state_dict().items())
         if (promised := description.get("fingerprint", found)) != found:
@@ -229,6 +239,17 @@ class _WholeCard(ModelCard):
     def save(self, filepath: Path | str) -> None:
         """Write it."""
         write_atomic(filepath, str(self))
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return the shape and type of tensors by name."""
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _difference(promised: Mapping[str, object], found: Mapping[str, object]) -> str:
+    """Return the first name of tensors that aren't as promised, and both."""
+    name = min(name for name in promised.keys() | found.keys() if promised.get(name) != found.get(name))
+    return f"{name} is {found.get(name)}, where the shape promises {promised.get(name)}"
 
 
 def _known(description: dict[str, Any]) -> dict[str, Any]:

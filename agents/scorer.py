@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from agents.head_networks import At, HeadLinear, HeadNorm
+from agents.head_networks import DEEPEST, WIDEST, At, HeadLinear, HeadNorm, check_sizes
 from agents.learned import LearnedPolicy
 from kvenv.features import Split, feature_set
 from kvenv.identity import Architecture, ModelIdentity, cache_shape
@@ -55,6 +55,11 @@ class Scorer(nn.Module):
         Hidden layers.
     generator : torch.Generator, optional
         Draws the initial weights; the global one if not given.
+
+    Raises
+    ------
+    ValueError
+        If there are no hidden units or layers, or too many.
     """
 
     centre: Tensor
@@ -72,6 +77,7 @@ class Scorer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(hidden=(hidden, WIDEST), depth=(depth, DEEPEST))
         self.shape = (layers, heads, features, hidden, depth)
         each, widths = (layers, heads), [features, *[hidden] * depth]
         self.hidden = nn.ModuleList(HeadLinear(each, *sizes, generator) for sizes in pairwise(widths))
@@ -287,10 +293,15 @@ class ScorerPolicy(LearnedPolicy):
         return {"features": self.features, "shape": list(self.scorer.shape)}
 
     @classmethod
-    def build(cls, description: dict[str, Any], **known: Any) -> ScorerPolicy:
-        """Return a policy with a scorer of a description's shape."""
+    def network(cls, description: dict[str, Any]) -> Scorer:
+        """Return a scorer of a description's shape."""
         layers, heads, features, hidden, depth = (int(size) for size in description["shape"])
-        return cls(Scorer(layers, heads, features, hidden, depth), str(description["features"]), **known)
+        return Scorer(layers, heads, features, hidden, depth)
+
+    @classmethod
+    def build(cls, description: dict[str, Any], **known: Any) -> ScorerPolicy:
+        """Return a policy with a description's scorer."""
+        return cls(cls.network(description), str(description["features"]), **known)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -126,7 +127,7 @@ def make_policies(names: Sequence[str], device: str) -> dict[str, Policy | None]
     """
     known = [FULL, *agents.names()]
     for name in names:
-        if name not in known and not Path(name).is_dir() and not HUB_ID.fullmatch(name):
+        if name not in known and not os.path.isdir(name) and not HUB_ID.fullmatch(name):
             raise ValueError(
                 f"unknown policy {name!r}: known are {', '.join(known)}, or a directory with a policy.json, or a hub id"
             )
@@ -349,7 +350,7 @@ def _terms(args: Args, loaded: LoadedModel) -> dict[str, Any]:
     terms = {name: value for name, value in asdict(args).items() if name not in NOT_TERMS}
     known = (FULL, *agents.names())
     terms["policies"] = [name if name in known else named(name, hub.find(name)) for name in args.policies]
-    terms["traces"] = [named(name, Path(name)) if Path(name).is_file() else name for name in args.traces]
+    terms["traces"] = [named(name, Path(name)) if os.path.isfile(name) else name for name in args.traces]
     if args.task_data is not None and args.task_data.is_dir():
         terms["task_data"] = named(str(args.task_data), args.task_data)
     template = getattr(loaded.tokenizer, "chat_template", None)  # of traces, too: messages are put into it

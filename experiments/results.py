@@ -135,7 +135,7 @@ class Results:
             check_fields(batch, ("rows", "answers"), place)
             rows |= {_key(asdict(row)): row for row in rows_of(batch["rows"], place)}
             for line in batch["answers"]:
-                check_fields(line, (*KEY, "score", *SAID), place)
+                _check_answer(line, place)
                 answers[_key(line)] = line
         self.rows = [row for row in self.rows if _key(asdict(row)) not in rows] + [*rows.values()]
         self._answers = [line for line in self._answers if _key(line) not in rows] + [*answers.values()]
@@ -145,7 +145,7 @@ class Results:
         path = self.directory / ANSWERS
         lines = read_file(path) if path.exists() else []
         for number, line in enumerate(lines, start=1):
-            check_fields(line, (*KEY, "score", *SAID), f"{path}:{number}")
+            _check_answer(line, f"{path}:{number}")
         answered = {_key(asdict(row)) for row in self.rows if row.score is not None}
         if lacking := answered - {_key(line) for line in lines}:
             raise ValueError(
@@ -170,6 +170,14 @@ def writing(directory: Path, terms: Mapping[str, Any]) -> Iterator[Results]:
         finally:
             if results.rows:
                 results.write()
+
+
+def _check_answer(line: Any, place: str) -> None:
+    """Refuse what is no answer."""
+    check_fields(line, (*KEY, "score", *SAID), place)
+    for name in KEY:
+        if type(line[name]) not in KINDS[name]:
+            raise ValueError(f"{place}: {name} {line[name]!r} is none")
 
 
 def _key(values: Mapping[str, Any]) -> tuple[Any, ...]:

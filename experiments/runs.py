@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, get_type_hints
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -31,6 +31,7 @@ from torch.utils.tensorboard.summary import hparams
 import kvenv
 from agents.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from agents.learner import Learner, State
+from kvenv.checks import fits
 from kvenv.files import (
     DISK_ERRORS,
     check_writable,
@@ -127,8 +128,11 @@ class Run:
             return
         state = load_checkpoint(self.directory / CHECKPOINTS)
         values = dict(state.values)
-        self.seconds = float(values.pop("seconds", 0.0))
-        learner.restore(State(state.tensors, values))
+        try:
+            self.seconds = float(values.pop("seconds", 0.0))
+            learner.restore(State(state.tensors, values))
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.directory} can't go on from its checkpoint: {error}") from error
         self._save_policy(learner)
 
     @contextmanager
@@ -320,22 +324,35 @@ def from_json(default: Arguments, values: Mapping[str, Any]) -> Arguments:
     unknown = set(values) - {field.name for field in fields(default)}  # type: ignore[arg-type]
     if unknown:
         raise ValueError(f"{CONFIG} has unknown arguments {sorted(unknown)}: it is of another version of kvenv")
-    return replace(default, **{name: _like(getattr(default, name), value, name) for name, value in values.items()})  # type: ignore[type-var]
+    hints = get_type_hints(type(default))
+    read = {name: _read(getattr(default, name), value, hints[name], name) for name, value in values.items()}
+    return replace(default, **read)  # type: ignore[type-var]
 
 
-def _like(default: Any, value: Any, name: str) -> Any:
-    """Return a JSON value in the type of a default."""
-    if default is None:
-        return value
+def _read(default: Any, value: Any, hint: Any, name: str) -> Any:
+    """Return a JSON value in the type of a field."""
     if is_dataclass(default) and isinstance(value, dict):
         return from_json(default, value)
-    if isinstance(default, Path) and isinstance(value, str):
+    if not fits(value, hint):
+        raise ValueError(f"{CONFIG} has {name} {value!r}, where a value like {default!r} is right")
+    if isinstance(default, Path):
         return Path(value)
-    if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(value)
-    if type(value) is type(default) or {type(value), type(default)} <= {int, float}:
-        return value
-    raise ValueError(f"{CONFIG} has {name} {value!r}, where a value like {default!r} is right")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def saved_arguments(directory: Path, default: Arguments) -> Arguments:
+    """Return the arguments of a run; ``default`` gives their types.
+
+    Raises
+    ------
+    ValueError
+        If they are of other types, or of another version of kvenv.
+    """
+    config = read_config(directory)
+    try:
+        return from_json(default, config["arguments"])
+    except ValueError as error:
+        raise ValueError(f"{directory} can't be resumed: {error}") from error
 
 
 def changed(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -28,8 +28,8 @@ from experiments.runs import (
     Interruption,
     Run,
     changed,
-    from_json,
     read_config,
+    saved_arguments,
     to_json,
     write_config,
 )
@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str]) -> LearnerArgs:
         raise ValueError(f"--resume {resume}: that is a run of {config['learner']}, not of {name}")
     if out is not None and Path(out).resolve() != Path(resume).resolve():
         raise ValueError(f"--out {out}: the run has its directory, {resume}, and goes on there")
-    saved = from_json(default_arguments(name), config["arguments"])
+    saved = saved_arguments(Path(resume), default_arguments(name))
     return tyro.cli(LEARNERS[name], args=rest, default=saved, prog=prog)
 
 
@@ -226,7 +226,7 @@ def _refuse_changes(args: LearnerArgs) -> None:
     """Refuse to go on with other arguments than a run was begun with."""
     if args.run.resume is None:
         return
-    saved = from_json(default_arguments(args.name), read_config(args.run.resume)["arguments"])
+    saved = saved_arguments(args.run.resume, default_arguments(args.name))
     for argument, (was, now) in changed(to_json(saved), to_json(args)).items():
         # The directory may have moved since, or be spelled otherwise; who does the work changes nothing.
         if argument not in ("resume", "out", "updates", *CREW):

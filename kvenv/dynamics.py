@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from kvenv.attention import HandedCache
 from kvenv.cache import SlotCache
+from kvenv.checks import check_choice
 from kvenv.decode import collate, feed, read
 from kvenv.features import FeatureSet, Observation
 from kvenv.golden import Reduce
@@ -22,7 +24,7 @@ from kvenv.memory import side_by_side
 from kvenv.models import LoadedModel, check_tokens
 from kvenv.rewards import WindowLosses
 from kvenv.snapshot import Counters, Snapshot
-from kvenv.state import NEEDS, LayerState
+from kvenv.state import LayerState, check_needs
 from kvenv.traces import Trace, TraceSource
 
 FOLLOWED = frozenset({"stats", "last_attention", "queries", "query_moments"})
@@ -68,7 +70,7 @@ class Dynamics:
         cuda_graph: bool = False,
     ) -> None:
         self.loaded, self.model, self.source = loaded, loaded.model, source
-        self.rows, self.limits, self.features, self.needs = rows, limits, features, features.needs & FOLLOWED
+        self.rows, self.limits, self.features = rows, limits, features
         loaded.check_length(limits.trace_length)
         self.capacity = limits.capacity(source)
         shape = HandedCache(self.model)
@@ -89,7 +91,7 @@ class Dynamics:
         self._full: FullRows | None = None
         self._futures: dict[tuple[Kind, Reduce], FutureRows] = {}
         self._cuda_graph = cuda_graph
-        self._renew()
+        self._take(self._new_cache(rows, self.capacity, features.needs & FOLLOWED))
 
     @torch.no_grad()
     def begin(
@@ -180,10 +182,7 @@ class Dynamics:
         ValueError
             If a need is unknown, or an episode is under way whose past wasn't followed.
         """
-        unknown = set(needs) - set(NEEDS)
-        if unknown:
-            raise ValueError(f"needs names unknown {sorted(unknown)}: known are {', '.join(NEEDS)}")
-        missing = (set(needs) & FOLLOWED) - self.needs
+        missing = (check_needs(needs) & FOLLOWED) - self.needs
         if not missing:
             return
         begun = np.flatnonzero(self.counters.trace >= 0)
@@ -192,8 +191,7 @@ class Dynamics:
                 f"needs {sorted(missing)} must be followed from the first token on, and an episode is under way: "
                 "call track(needs) before the first step"
             )
-        self.needs |= missing
-        self._renew()
+        self._take(self._new_cache(self.rows, self.capacity, self.needs | missing))
         if len(begun):
             self._prefill(begun, [self._trace(trace) for trace in self.counters.trace[begun]])
 
@@ -211,8 +209,10 @@ class Dynamics:
         Raises
         ------
         ValueError
-            As :meth:`track`, or if the traces can't be continued otherwise for ``expected_future``.
+            As :meth:`track`, if ``reduce`` is neither, or if the traces can't be continued otherwise for
+            ``expected_future``.
         """
+        check_choice("reduce", reduce, get_args(Reduce))
         self.track(needs)
         traces, anchors = self.counters.trace, self.counters.anchor
         with self._memory():
@@ -228,35 +228,47 @@ class Dynamics:
     def snapshot(self) -> Snapshot:
         """Return a copy of all rows' state."""
         tensors = {name: tensor.clone() for name, (tensor, _) in self.cache.row_tensors().items()}
-        return Snapshot(self._arguments(), self.needs, tensors, self.counters.copy())
+        return Snapshot(self.arguments(), self.needs, tensors, self.counters.copy())
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Take all rows back to a snapshot.
+        """Take all rows back to a snapshot that was taken with the same arguments.
 
         Raises
         ------
         ValueError
-            If it was taken with other arguments, or its tensors have other shapes.
+            If it isn't whole. Then nothing has changed.
         """
-        for name, mine in self._arguments().items():
-            theirs = snapshot.arguments.get(name)
-            if theirs != mine:
-                raise ValueError(f"the snapshot was taken with {name}={theirs!r}, this environment has {mine!r}")
-        if snapshot.needs != self.needs:
-            self.needs = snapshot.needs
-            self._renew()
-        own = self.cache.row_tensors()
-        for name, (tensor, _) in own.items():
-            shape = snapshot.tensors[name].shape if name in snapshot.tensors else None
-            if shape != tensor.shape:
-                raise ValueError(f"the snapshot's {name} has shape {shape}, this environment's {tuple(tensor.shape)}")
-        for name, (tensor, _) in own.items():
+        needs, observed = check_needs(snapshot.needs), self.features.needs & FOLLOWED
+        if not observed <= needs <= FOLLOWED:
+            raise ValueError(f"the snapshot follows {sorted(needs)}: {sorted(observed)} must be among them")
+        cache = self.cache if needs == self.needs else self._new_cache(self.rows, self.capacity, needs)
+        own = {name: tensor for name, (tensor, _) in cache.row_tensors().items()}
+        snapshot.check_tensors(own)
+        begun, traces = self._episodes(snapshot.counters)
+        if cache is not self.cache:
+            self._take(cache)
+        for name, tensor in own.items():
             tensor.copy_(snapshot.tensors[name])
         self.counters = snapshot.counters.copy()
-        begun = np.flatnonzero(self.counters.trace >= 0)
-        self._write_rows(begun, [self._trace(trace) for trace in self.counters.trace[begun]])
+        self._write_rows(begun, traces)
 
-    def _arguments(self) -> dict[str, object]:
+    def _episodes(self, now: Counters) -> tuple[np.ndarray, list[Trace]]:
+        """Return the rows that counters say are in episodes, and their traces; refuse what no episode can be at."""
+        if not isinstance(now, Counters):
+            raise ValueError(f"the snapshot's counters are of type {type(now).__name__}")
+        now.check(self.rows)
+        begun = np.flatnonzero(now.trace >= 0)
+        traces = [self._trace(trace) for trace in now.trace[begun]]
+        for row, trace in zip(begun, traces, strict=True):
+            budget, last = int(now.budget[row]), len(trace.tokens) - 1
+            self._check_trace(trace, budget)
+            anchor = self.limits.anchor(trace, budget)
+            known = budget <= self.limits.budget and (now.anchor[row], now.last[row]) == (anchor, last)
+            if not known or not anchor <= now.position[row] <= last or now.steps[row] < 0:
+                raise ValueError(f"the snapshot's counters of row {row} are of no episode of trace {trace.name!r}")
+        return begun, traces
+
+    def arguments(self) -> dict[str, object]:
         """Return what two environments must share to exchange snapshots."""
         mine = {"rows": self.rows} | vars(self.limits) | {"capacity": self.capacity}
         return mine | {"model": self.loaded.name, "traces": self.source.name, "split": self.source.split}
@@ -268,10 +280,9 @@ class Dynamics:
         except IndexError as error:
             raise ValueError(str(error)) from error
 
-    def _renew(self) -> None:
-        """Take an empty cache of all rows; what was captured over another is void."""
-        with self._memory():
-            self.cache = self._new_cache(self.rows, self.capacity)
+    def _take(self, cache: SlotCache) -> None:
+        """Take a cache of all rows and follow what it follows; what was captured over another is void."""
+        self.cache, self.needs = cache, cache.needs
         state = [tensor for tensor, _ in self.cache.row_tensors().values()]
         self.graphs = Graphs(self.model.device, [*state, self.finished]) if self._cuda_graph else None
 
@@ -281,15 +292,16 @@ class Dynamics:
 
     def _new_cache(self, rows: int, capacity: int, needs: Collection[str] | None = None) -> SlotCache:
         """Return an empty cache that follows ``needs``, this environment's if not given."""
-        return SlotCache(
-            self.model,
-            rows=rows,
-            capacity=capacity,
-            interval=self.limits.interval,
-            budget=self.limits.budget,
-            needs=self.needs if needs is None else needs,
-            protection=self.limits.protection,
-        )
+        with self._memory():
+            return SlotCache(
+                self.model,
+                rows=rows,
+                capacity=capacity,
+                interval=self.limits.interval,
+                budget=self.limits.budget,
+                needs=self.needs if needs is None else needs,
+                protection=self.limits.protection,
+            )
 
     def _write_rows(self, rows: np.ndarray, traces: list[Trace]) -> None:
         """Put tokens, answer spans and lengths of traces where a step finds them."""

@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 from gymnasium.error import ResetNeeded
 
+from kvenv.actions import priorities
 from kvenv.golden import Reduce
 from kvenv.snapshot import Snapshot
 from kvenv.state import LayerState
@@ -218,7 +219,8 @@ class KVEvictEnv(gymnasium.Env[Observation, np.ndarray]):
         Raises
         ------
         ValueError
-            If an option is unknown or impossible, or the trace can't be decoded with the budget.
+            If the seed is negative, an option is unknown or impossible, or the trace can't be decoded with the budget.
+            Then the environment is as it was before.
         """
         observation, info = self.vector.reset(seed=seed, options=options)
         self._np_random, self._np_random_seed = self.vector.np_random[0], self.vector.np_random_seed[0]
@@ -230,16 +232,14 @@ class KVEvictEnv(gymnasium.Env[Observation, np.ndarray]):
         Raises
         ------
         ValueError
-            If the action has another shape or contains NaN.
+            If the action has another shape, holds anything but real numbers, or contains NaN.
         gymnasium.error.ResetNeeded
             If the episode is over, or none has begun.
         """
-        action = np.asarray(action)
-        if action.shape != self.action_space.shape:
-            raise ValueError(f"action has shape {action.shape}: {self.action_space.shape} (L, H, C) was expected")
+        ranked = priorities(action, self.vector.feature_shape[:3])
         if self.vector.dynamics.counters.finished[0]:
             raise ResetNeeded("the episode is over, or none has begun: call reset before step")
-        observation, reward, terminated, truncated, info = self.vector.step(action[None])
+        observation, reward, terminated, truncated, info = self.vector.step(ranked[None])
         return _first(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), _only(info)
 
     def layer_states(self, needs: Collection[str] = (), reduce: Reduce = "max") -> Iterator[LayerState]:
@@ -260,14 +260,20 @@ class KVEvictEnv(gymnasium.Env[Observation, np.ndarray]):
         Raises
         ------
         ValueError
-            If it was taken with other arguments, or its tensors have other shapes.
+            If it was taken with other arguments, or isn't whole. Then the environment is as it was before.
         """
         observation = self.vector.restore(snapshot)
         self._np_random, self._np_random_seed = self.vector.np_random[0], self.vector.np_random_seed[0]
         return _first(observation)
 
     def render(self) -> Any:
-        """Return a frame, heads × positions: a str (``ansi``) or an array (height, width, 3) (``rgb_array``)."""
+        """Return a frame, heads × positions: a str (``ansi``) or an array (height, width, 3) (``rgb_array``).
+
+        Raises
+        ------
+        gymnasium.error.ResetNeeded
+            Before the first reset.
+        """
         frames = self.vector.render()
         return None if frames is None else frames[0]
 

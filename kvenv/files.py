@@ -136,6 +136,22 @@ def read_json(path: Path, what: str) -> Any:
     return _parse(path.read_bytes(), str(path), what)
 
 
+def parse_line(line: str, place: str) -> Any:
+    """Return what a line of somebody's JSON lines says.
+
+    Raises
+    ------
+    ValueError
+        If it isn't JSON, with the place and, where there is one, the column.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, too deep
+        raise ValueError(f"{place}: not JSON ({error})") from error
+
+
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
     """Return a JSON object with the SHA-256 of what it says, for files that nobody edits by hand."""
     return content | {"seal": _seal(content)}

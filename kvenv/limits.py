@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from kvenv.checks import check_integer
 from kvenv.layerwise import check_budget
-from kvenv.state import Protection, check_integer
+from kvenv.state import Protection
 from kvenv.traces import Trace, TraceSource
 
 

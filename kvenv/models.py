@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, logging
@@ -147,18 +147,25 @@ def load_model(
         raise ValueError(
             f"model must be a name, not {type(name).__name__}: give a loaded one a name with kvenv.register_model"
         )
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: known are {', '.join(DTYPES)}")
     if name in MODELS:
         model, tokenizer = MODELS.get(name)
         return _prepare(name, model, tokenizer)
+    return _load(name, dtype, _device(device), revision, trust_remote_code)
+
+
+def _device(device: str) -> str:
+    """Return a device's name; refuse one that can't hold a number."""
     try:
-        resolved = str(torch.device(device))
-    except RuntimeError as error:
+        known = torch.device(device)
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device {device!r} is unknown: use e.g. cpu or cuda") from error
-    if resolved.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} isn't available here: use cpu")
-    return _load(name, dtype, resolved, revision, trust_remote_code)
+    try:
+        torch.zeros(1, device=known).item()
+    except (RuntimeError, AssertionError) as error:  # PyTorch made without it asserts
+        raise ValueError(f"device {device!r} isn't available here: use cpu") from error
+    return str(known)
 
 
 @lru_cache(maxsize=KEPT)
@@ -214,14 +221,14 @@ def _read(kind: Any, name: str, source: str, **options: Any) -> Any:
     """Return ``kind.from_pretrained(source)``; what keeps it from being read becomes an error that names the model."""
     try:
         return kind.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:  # transformers raises many kinds for files that aren't a model's
         raise ValueError(f"model {name!r} can't be loaded: {' '.join(str(error).split())}") from error
 
 
 def _resolve(name: str) -> str:
     """Return the directory or hub id that a name means."""
     directory = TINY if name == "tiny" else Path(name)
-    if directory.is_dir():
+    if os.path.isdir(directory):  # unlike Path's, it takes any name
         missing = [file for file in ("config.json", "tokenizer_config.json") if not (directory / file).is_file()]
         if not list(directory.glob("*.safetensors")):
             missing.append("model.safetensors")

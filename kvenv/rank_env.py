@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -10,8 +11,11 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
+from gymnasium.utils import seeding
 from torch import Tensor
 
+from kvenv.actions import priorities
+from kvenv.checks import check_integer, check_options
 from kvenv.features import feature_set
 from kvenv.finite import check_finite
 from kvenv.limits import observation_nbytes, refuse_what_cannot_fit
@@ -135,6 +139,8 @@ class KVRankEnv(gymnasium.Env[Observation, np.ndarray]):
         features: str = "kv",
         heads: Sequence[Sequence[int]] | None = None,
     ) -> None:
+        if not (store is None or isinstance(store, (str, os.PathLike))):
+            raise ValueError(f"store must be a directory, not {store!r}")
         self.store: Sequence[RecordedTrace] = sample() if store is None else TraceStore(store)
         if not len(self.store):
             raise ValueError(f"store {store!r} has no traces: record some with `kvenv record`")
@@ -175,24 +181,31 @@ class KVRankEnv(gymnasium.Env[Observation, np.ndarray]):
         Raises
         ------
         ValueError
-            If an option is unknown, or there is no such trace or cut.
+            If the seed is negative, an option is unknown, or there is no such trace or cut. Then the environment is as
+            it was before.
         FloatingPointError
-            If utilities or features of the trace are NaN or infinite.
+            If utilities or features of the trace are NaN or infinite; likewise.
         """
-        super().reset(seed=seed)
-        options = options or {}
-        for name in options:
-            if name not in OPTIONS:
-                raise ValueError(f"unknown option {name!r}: known are {', '.join(OPTIONS)}")
-        number = int(options.get("trace", self.np_random.integers(len(self.store))))
-        if not 0 <= number < len(self.store):
-            raise ValueError(f"trace {number} isn't in the store: it has {len(self.store)}, the first is 0")
-        trace = self.store[number]
-        cut = int(options.get("cut", self.np_random.choice(trace.cuts)))
-        self._utility = self._utilities(trace, cut)
-        self._observation = self._observe(trace, cut)
-        for what, x in (("utilities", self._utility), ("features", self._observation["features"])):
-            check_finite(what, x[None], lambda: [trace.name])
+        given = check_options(options, OPTIONS)
+        if seed is not None:
+            check_integer("seed", seed, 0)
+        fresh = (self.np_random, self.np_random_seed) if seed is None else seeding.np_random(seed)
+        generator = fresh[0]
+        state = generator.bit_generator.state
+        try:
+            number = _number("trace", given, generator.integers(len(self.store)))
+            if not 0 <= number < len(self.store):
+                raise ValueError(f"trace {number} isn't in the store: it has {len(self.store)}, the first is 0")
+            trace = self.store[number]
+            cut = _number("cut", given, generator.choice(trace.cuts))
+            utility, observation = self._utilities(trace, cut), self._observe(trace, cut)
+            for what, x in (("utilities", utility), ("features", observation["features"])):
+                check_finite(what, x[None], lambda: [trace.name])
+        except (ValueError, FloatingPointError):
+            generator.bit_generator.state = state
+            raise
+        self._np_random, self._np_random_seed = fresh
+        self._utility, self._observation = utility, observation
         self._at = (number, cut)
         return self._copy(), self._info(number, cut)
 
@@ -202,19 +215,15 @@ class KVRankEnv(gymnasium.Env[Observation, np.ndarray]):
         Raises
         ------
         ValueError
-            If the action has another shape or contains NaN.
+            If the action has another shape, holds anything but real numbers, or contains NaN.
         gymnasium.error.ResetNeeded
             If the episode is over, or none has begun.
         """
         if self._at is None:
             raise ResetNeeded("the episode is over, or none has begun: call reset before step")
-        action = np.asarray(action)
-        if action.shape != self.action_space.shape:
-            raise ValueError(f"action has shape {action.shape}: {self.action_space.shape} (L, H, C) was expected")
-        if np.isnan(action).any():
-            raise ValueError("the action contains NaN, which has no rank")
+        ranked_by = priorities(action, self.feature_shape[:3])
         positions, mask = (torch.from_numpy(self._observation[name]) for name in ("positions", "mask"))
-        order = eviction_order(torch.from_numpy(action), positions, mask.bool())
+        order = eviction_order(ranked_by, positions, mask.bool())
         (number, cut), self._at = self._at, None
         ranked = self._utility.gather(-1, order[..., :cut].flip(-1))
         head_reward = -cost(ranked) / least_cost(self._utility)
@@ -256,14 +265,28 @@ def _heads(heads: Sequence[Sequence[int]] | None, layers: int, kv_heads: int) ->
     """Return the chosen heads as pairs (layer, KV head), all if None."""
     if heads is None:
         return [(layer, head) for layer in range(layers) for head in range(kv_heads)]
-    chosen = [tuple(pair) if isinstance(pair, Sequence) else (pair,) for pair in heads]
+    chosen = [
+        tuple(pair) if isinstance(pair, Sequence) else (pair,)
+        for pair in (heads if isinstance(heads, Sequence) else [heads])
+    ]
     known = {(layer, head) for layer in range(layers) for head in range(kv_heads)}
-    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= known:
+    integers = all(type(number) is int for pair in chosen for number in pair)
+    if not integers or not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= known:
         raise ValueError(
             f"heads {[list(pair) for pair in chosen]} must be different pairs [layer, KV head] with layers 0 to "
             f"{layers - 1} and KV heads 0 to {kv_heads - 1}, at least one"
         )
     return [(layer, head) for layer, head in chosen]
+
+
+def _number(name: str, options: Mapping[str, Any], drawn: Any) -> int:
+    """Return an option, or what was drawn where it isn't given."""
+    value = options.get(name)
+    if value is None:
+        return int(drawn)
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"option {name} must be an integer, not {value!r}")
+    return int(value)
 
 
 def _state(trace: RecordedTrace, layer: int, cut: int) -> LayerState:

@@ -50,7 +50,7 @@ class Registry(Generic[T]):
         ValueError
             If there is none; the message lists the known names.
         """
-        if name not in self._values:
+        if name not in self:
             raise ValueError(f"unknown {self.kind} {name!r}: known are {', '.join(self.names())}")
         return self._values[name]
 
@@ -59,7 +59,7 @@ class Registry(Generic[T]):
         return list(self._values)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._values
+        return isinstance(name, str) and name in self._values
 
 
 MODELS: Registry[tuple[Any, Any]] = Registry("model", reserved=("tiny",))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvenv.checks import check_integer
 from kvenv.rotary import Rotary
 
 STATS = ("max", "min", "sum", "sum8", "sum16", "sum32", "cumulative", "decayed")
@@ -101,16 +103,20 @@ class LayerState(Pairs):
     encoded: Tensor | None = None
 
 
-def check_integer(name: str, value: object, least: int) -> None:
-    """Refuse what is no integer of at least ``least``.
+def check_needs(needs: object) -> frozenset[str]:
+    """Return what is needed of a :class:`LayerState`.
 
     Raises
     ------
     ValueError
-        Naming argument and value.
+        If it is no list or set, or holds what isn't one of :data:`NEEDS`.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+    if isinstance(needs, str) or not isinstance(needs, (Sequence, Set)):
+        raise ValueError(f"needs must be a list or set of names, not {needs!r}")
+    unknown = [need for need in needs if not isinstance(need, str) or need not in NEEDS]
+    if unknown:
+        raise ValueError(f"needs names unknown {unknown}: known are {', '.join(NEEDS)}")
+    return frozenset(needs)
 
 
 @dataclass(frozen=True)

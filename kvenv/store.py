@@ -17,10 +17,10 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import get_args, overload
+from typing import get_args, get_type_hints, overload
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvenv.checks import fits
 from kvenv.decode import collate, read
 from kvenv.files import digest, read_json, sealed, unsealed, write_atomic
 from kvenv.finite import check_finite
@@ -479,10 +480,11 @@ def read_index(directory: Path) -> tuple[Recording, list[Shard]]:
     try:
         if index["format"] != FORMAT:
             raise ValueError(f"its format is {index['format']!r}, not {FORMAT!r}")
-        for field in fields(Recording):
-            if type(index[field.name]).__name__ != str(field.type).split("[")[0]:
-                raise ValueError(f"{field.name} {index[field.name]!r} must be of type {field.type}")
-        recording = Recording(**{field.name: index[field.name] for field in fields(Recording)})
+        hints = get_type_hints(Recording)
+        for name, hint in hints.items():
+            if not fits(index[name], hint):
+                raise ValueError(f"{name} {index[name]!r} must be of type {getattr(hint, '__name__', hint)}")
+        recording = Recording(**{name: index[name] for name in hints})
         for name, possible in (
             ("interval", recording.interval > 0),
             ("dtype", recording.dtype in DTYPES),

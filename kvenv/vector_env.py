@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from kvenv import rewards
+from kvenv.actions import priorities
+from kvenv.checks import check_choice, check_integer, check_options
 from kvenv.determinism import set_deterministic
 from kvenv.dynamics import Dynamics
 from kvenv.features import feature_set
@@ -27,7 +30,7 @@ from kvenv.models import load_model
 from kvenv.registry import REWARDS
 from kvenv.render import RENDER_MODES, render_ansi, render_rgb
 from kvenv.snapshot import Snapshot
-from kvenv.state import LayerState, Protection, check_integer
+from kvenv.state import LayerState, Protection
 from kvenv.traces import SCHEDULES, load_traces
 
 Array = Any
@@ -107,9 +110,9 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
     ) -> None:
         if deterministic:
             set_deterministic()
-        _one_of("schedule", schedule, SCHEDULES)
-        _one_of("output", output, OUTPUTS)
-        _one_of("render_mode", render_mode, (None, *RENDER_MODES))
+        check_choice("schedule", schedule, SCHEDULES)
+        check_choice("output", output, OUTPUTS)
+        check_choice("render_mode", render_mode, (None, *RENDER_MODES))
         self.autoreset_mode: str = _mode_name(autoreset_mode)
         check_integer("num_envs", num_envs, 1)
         if max_episode_steps is not None:
@@ -195,20 +198,19 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         Raises
         ------
         ValueError
-            If an option is unknown or impossible, or the first reset leaves out rows.
+            If a seed is negative, an option is unknown or impossible, a trace can't be decoded with its budget, or the
+            first reset leaves out rows. Then the environment is as it was before.
         """
-        options = options or {}
-        for name in options:
-            _one_of("option", name, OPTIONS)
-        rows = np.flatnonzero(self._reset_mask(options.get("reset_mask")))
+        given = check_options(options, OPTIONS)
+        rows = np.flatnonzero(self._reset_mask(given.get("reset_mask")))
         if isinstance(seed, (int, np.integer)):
             seed = [int(seed) + i for i in range(self.num_envs)]
-        seeds = self._row_values("seed", seed)
-        _ = self.np_random
-        self._seed(seeds, rows)
-        self._begin(
-            rows, **{name: self._row_values(name, options.get(name)) for name in ("trace", "budget", "rollout")}
-        )
+        seeds = self._row_values("seed", seed, 0, None)
+        values = {name: self._row_values(name, given.get(name)) for name in ("trace", "budget", "rollout")}
+        with self._unless_refused():
+            _ = self.np_random
+            self._seed(seeds, rows)
+            self._begin(rows, **values)
         info = self._episode_info()
         info |= _masked({"active": ~self.dynamics.counters.finished}, np.ones(self.num_envs, np.bool_))
         return self._observe(), info
@@ -228,7 +230,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         Raises
         ------
         ValueError
-            If the actions have another shape or contain NaN.
+            If the actions have another shape, hold anything but real numbers, or contain NaN: no step is taken then.
         FloatingPointError
             Under ``output="numpy"``, if a reward or a feature is NaN or infinite, with the trace. All rows are to be
             reset then.
@@ -238,11 +240,10 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             Before the first reset.
         """
         now = self.dynamics.counters
-        if (now.trace < 0).any():
-            raise ResetNeeded("call reset before step: no episode has begun")
-        priorities = self._priorities(actions)
+        self._refuse_before_reset("step")
+        ranked = priorities(actions, (self.num_envs, *self.feature_shape[:3]), self.dynamics.tokens.device)
         idle, start = now.finished.copy(), now.position.copy()
-        window, evicted = self.dynamics.advance(priorities)
+        window, evicted = self.dynamics.advance(ranked.transpose(0, 1))
         if self.max_episode_steps is not None:
             self.dynamics.truncate(np.flatnonzero(~now.finished & (now.steps >= self.max_episode_steps)))
         reward = self._pay(window)
@@ -278,8 +279,7 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         gymnasium.error.ResetNeeded
             Before the first reset.
         """
-        if (self.dynamics.counters.trace < 0).any():
-            raise ResetNeeded("call reset before layer_states: no episode has begun")
+        self._refuse_before_reset("layer_states")
         return self.dynamics.layer_states(needs, reduce)
 
     def track(self, needs: Collection[str]) -> None:
@@ -297,8 +297,12 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         Raises
         ------
         ValueError
-            If it was taken with other arguments, or its tensors have other shapes.
+            If it was taken with other arguments, or isn't whole. Then the environment is as it was before.
         """
+        if not isinstance(snapshot, Snapshot):
+            raise ValueError(f"a snapshot of snapshot() is needed, not {type(snapshot).__name__}")
+        snapshot.check_arguments(self.dynamics.arguments())
+        snapshot.check_randomness(self.np_random)
         self.dynamics.restore(snapshot)
         for generator, state in zip(self.np_random, snapshot.generators, strict=True):
             generator.bit_generator.state = state
@@ -306,10 +310,17 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         return self._observe()
 
     def render(self) -> tuple[Any, ...] | None:
-        """Return one frame per row: a str (``ansi``) or an array (``rgb_array``), heads × positions."""
+        """Return one frame per row: a str (``ansi``) or an array (``rgb_array``), heads × positions.
+
+        Raises
+        ------
+        gymnasium.error.ResetNeeded
+            Before the first reset.
+        """
         if self.render_mode is None:
             logger.warn("render was called without a render_mode: give one to gymnasium.make, e.g. 'ansi'")
             return None
+        self._refuse_before_reset("render")
         now, cache = self.dynamics.counters, self.dynamics.cache
         draw = render_ansi if self.render_mode == "ansi" else render_rgb
         positions = cache.positions.transpose(0, 1).cpu().numpy()
@@ -318,6 +329,11 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             draw(positions[row], candidates[row], seen=int(now.position[row]), length=int(now.last[row]) + 1)
             for row in range(self.num_envs)
         )
+
+    def _refuse_before_reset(self, call: str) -> None:
+        """Refuse a call that has no meaning before all rows were reset."""
+        if (self.dynamics.counters.trace < 0).any():
+            raise ResetNeeded(f"call reset before {call}: no episode has begun")
 
     def _make_spaces(self) -> None:
         """Make the spaces."""
@@ -332,6 +348,19 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         self.single_action_space = spaces.Box(-1.0, 1.0, shape, np.float32)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    @contextmanager
+    def _unless_refused(self) -> Iterator[None]:
+        """Take seeds and draws back if what is done with them fails."""
+        generators, seeds, begun = self._generators, self._seeds, self._begun.copy()
+        states = [generator.bit_generator.state for generator in generators]
+        try:
+            yield
+        except Exception:
+            for generator, state in zip(generators, states, strict=True):
+                generator.bit_generator.state = state
+            self._generators, self._seeds, self._begun = generators, seeds, begun
+            raise
 
     def _seed(self, seeds: Sequence[int | None], rows: Sequence[int] | np.ndarray) -> None:
         """Seed the generators and the noise of those rows that get a seed, or have none yet."""
@@ -378,36 +407,19 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             raise ValueError(f"option reset_mask {mask} leaves out rows that were never reset: reset all rows first")
         return mask
 
-    def _row_values(self, name: str, value: Any) -> list[int | None]:
+    def _row_values(
+        self, name: str, value: Any, least: int = -(2**63), most: int | None = 2**63 - 1
+    ) -> list[int | None]:
         """Return one int or None per row of an argument that is None, an int or a sequence."""
-        values = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value] * self.num_envs
+        several = isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim == 1)
+        values = list(value) if several else [value] * self.num_envs
         if len(values) != self.num_envs or not all(x is None or isinstance(x, (int, np.integer)) for x in values):
             raise ValueError(f"{name} must be an integer or {self.num_envs} of them, not {value!r}")
-        return [None if x is None else int(x) for x in values]
-
-    def _priorities(self, actions: Array) -> Tensor:
-        """Check actions (N, L, H, C) and return them as priorities (L, N, H, C) on the device."""
-        message = "actions contain NaN: every slot needs a keep-priority, whether or not it can be evicted"
-        if isinstance(actions, Tensor):
-            self._check_shape(tuple(actions.shape))
-            actions = actions.detach()
-            try:
-                torch._assert_async(~actions.isnan().any(), message)
-            except RuntimeError as error:  # at once on the CPU; on an accelerator later and fatal, but nothing waits
-                raise ValueError(message) from error
-        else:
-            actions = np.asarray(actions)
-            self._check_shape(actions.shape)
-            if np.isnan(actions).any():
-                raise ValueError(message)
-            # A copy, because not every array (reversed, read-only) can be a tensor.
-            actions = torch.as_tensor(np.array(actions), device=self.dynamics.tokens.device)
-        return actions.transpose(0, 1)
-
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        """Refuse actions of another shape."""
-        if shape != self.action_space.shape:
-            raise ValueError(f"actions have shape {shape}: {self.action_space.shape} (N, L, H, C) was expected")
+        numbers = [None if x is None else int(x) for x in values]
+        for number in numbers:
+            if number is not None and (number < least or (most is not None and number > most)):
+                raise ValueError(f"{name} {number} must be at least {least}" + (f" and at most {most}" if most else ""))
+        return numbers
 
     def _pay(self, window: rewards.WindowLosses) -> Array:
         """Return the reward (N,), 0 for rows that idled."""
@@ -481,16 +493,10 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         return kept | _masked({"final_obs": final, "final_info": last}, ended)
 
 
-def _one_of(name: str, value: object, known: Sequence[object]) -> None:
-    """Refuse a value that isn't known."""
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}: known are {', '.join(map(str, known))}")
-
-
 def _mode_name(mode: str | AutoresetMode) -> str:
     """Return an autoreset mode by name."""
     name = mode.value if isinstance(mode, AutoresetMode) else mode
-    _one_of("autoreset_mode", name, [known.value for known in AutoresetMode])
+    check_choice("autoreset_mode", name, [known.value for known in AutoresetMode])
     return str(name)
 
 

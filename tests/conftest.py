@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import PreTrainedModel
 
+from tests.fuzz.counted import print_counts
 from tests.models import ARCHITECTURES, random_model
 
 torch.set_num_threads(1)
@@ -44,3 +45,8 @@ def tiny_model() -> PreTrainedModel:
     from kvenv.models import load_model
 
     return load_model("tiny")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the fuzz tests tried."""
+    print_counts(terminalreporter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -34,6 +35,15 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"budget": 5}, r"budget 5 is less than the protected pairs, sinks 2 \+ recent 4"),
     ({"trace_length": 27}, r"trace_length 27 is too short: .*26 an episode needs at least 28"),
     ({"trace_length": 4096}, r"trace_length 4096 exceeds the 2048 positions of model 'random-float64'"),
+    ({"model": []}, r"model must be a name, not list"),
+    ({"model": "x" * 5000}, r"unknown model 'xxx"),
+    ({"reward": []}, r"unknown reward \[\]: known are lm_loss"),
+    ({"features": {}}, r"unknown features \{\}: known are kv"),
+    ({"schedule": []}, r"unknown schedule \[\]: known are periodic, prefill"),
+    ({"split": np.array([1, 2])}, r"unknown split array\(\[1, 2\]\): known are train"),
+    ({"model": "tiny", "dtype": []}, r"dtype \[\] is unknown"),
+    ({"model": "tiny", "device": None}, r"device None is unknown"),
+    ({"model": "tiny", "device": "meta"}, r"device 'meta' isn't available here"),
     ({"schedule": "prefill", "budget": 32}, r"budget 32 holds the longest prompt of 'ragged', 32 tokens"),
 ]
 
@@ -75,6 +85,10 @@ def test_impossible_arguments_of_the_vector_environment(changes: dict[str, Any],
         ({"trace": -1}, r"trace -1 of 'ragged' \(train\) does not exist"),
         ({"trace": "first"}, r"trace must be an integer or 3 of them, not 'first'"),
         ({"trace": [0, 1]}, r"trace must be an integer or 3 of them, not \[0, 1\]"),
+        ({"trace": np.array(3)}, r"trace must be an integer or 3 of them, not array\(3\)"),
+        ({"trace": 2**63}, r"trace 9223372036854775808 must be at least -9223372036854775808 and at most"),
+        ({"rollout": [0, 1, 2**80]}, r"rollout 1208925819614629174706176 must be at least"),
+        (5, r"options must be a dict of trace, budget, rollout, reset_mask, not 5"),
         ({"reset_mask": [True, True, True]}, r"reset_mask must be a numpy bool array of shape \(3,\)"),
         ({"reset_mask": np.zeros(3, np.bool_)}, r"reset_mask must be a numpy bool array of shape \(3,\) with a True"),
     ],
@@ -101,6 +115,12 @@ def test_wrong_actions(output: str) -> None:
     for wrong in (action[:1], action[..., :-1], action.reshape(2, -1), np.float32(0)):
         with pytest.raises(ValueError, match=r"actions have shape .*: \(2, 2, 2, 26\) \(N, L, H, C\) was expected"):
             env.step(torch.as_tensor(wrong) if output == "torch" else wrong)
+    for wrong in (action.astype(str), action.astype(object), action.astype(np.complex64), [action, 1.0], None):
+        with pytest.raises(ValueError, match=r"actions (must be an array of|have shape)"):
+            env.step(wrong)
+    for wrong in (torch.as_tensor(action, dtype=torch.complex64), torch.as_tensor(action).to_sparse()):
+        with pytest.raises(ValueError, match="actions must be dense real numbers"):
+            env.step(wrong)
     action[1, 0, 1, 0] = np.nan
     for given in (action, torch.as_tensor(action)):
         with pytest.raises(ValueError, match="actions contain NaN"):
@@ -209,6 +229,90 @@ def test_foreign_snapshots() -> None:
     snapshot.tensors["keys.0"] = snapshot.tensors["keys.0"][..., :3]
     with pytest.raises(ValueError, match=r"the snapshot's keys\.0 has shape .*, this environment's"):
         env.restore(snapshot)
+
+
+def test_what_is_refused_changes_nothing() -> None:
+    env, twin = vector(2), vector(2)
+    for each in (env, twin):
+        each.reset(seed=0)
+    for options in ({"budget": 21}, {"trace": [-1, 0]}, {"budget": 5}):
+        with pytest.raises(ValueError, match=r"budget|trace"):
+            env.reset(options=options)
+        with pytest.raises(ValueError, match=r"budget|trace"):
+            env.reset(seed=7, options=options)
+    with pytest.raises(ValueError, match="seed -1 must be at least 0"):
+        env.reset(seed=-1)
+    (seen, info), (expected, told) = env.reset(), twin.reset()
+    np.testing.assert_array_equal(seen["features"], expected["features"])
+    np.testing.assert_array_equal(info["trace"], told["trace"])
+    assert env.np_random_seed == twin.np_random_seed
+
+
+def test_a_snapshot_that_is_refused_changes_nothing() -> None:
+    env, other = single(), single(features="stats")
+    other.reset(seed=1)
+    env.reset(seed=0)
+    before = env.restore(env.snapshot())
+    foreign, own = other.snapshot(), env.snapshot()
+    wrong: list[tuple[Any, str]] = [
+        (None, "a snapshot of snapshot"),
+        # Its needs are others than this environment's, and fit: what doesn't is found before anything is replaced.
+        (replace(foreign, tensors={**foreign.tensors, "keys.0": None}), "the snapshot's keys.0"),
+        (replace(foreign, counters=replace(foreign.counters, trace=np.array([10**6]))), "are of no episode|snapshot's"),
+        (
+            replace(own, tensors={**own.tensors, "positions": own.tensors["positions"].int()}),
+            "the snapshot's positions",
+        ),
+        (replace(own, counters=replace(own.counters, position=own.counters.last + 1)), "of row 0 are of no episode"),
+        (replace(own, counters=replace(own.counters, truncated=np.array([99]))), "the snapshot's counters.truncated"),
+        (replace(own, counters=None), "counters are of type NoneType"),
+        (replace(own, needs=frozenset({"future"})), "the snapshot follows"),
+        (replace(own, needs=3), "needs must be a list or set"),
+        (replace(own, generators=()), "generators must be 1 states"),
+        (replace(own, generators=({"state": 3},)), "no state of a generator"),
+        (replace(own, seeds=(None,)), "seeds must be 1 integers"),
+        (replace(own, begun=np.zeros(2, np.int64)), "the snapshot's begun"),
+    ]
+    for snapshot, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            env.restore(snapshot)
+    with pytest.raises(ValueError, match=r"the snapshot follows \[\]: \['stats'\] must be among them"):
+        other.restore(own)
+    after = env.restore(own)
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+
+
+def test_rendering_what_has_not_begun() -> None:
+    for mode in ("ansi", "rgb_array"):
+        with pytest.raises(ResetNeeded, match="call reset before render"):
+            single(render_mode=mode).render()
+
+
+@pytest.mark.parametrize("needs", ["stats", 3, None, torch.tensor(1), [[]]])
+def test_needs_that_are_none(needs: Any) -> None:
+    env = single()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"needs (must be a list or set of names|names unknown)"):
+        env.track(needs)
+    with pytest.raises(ValueError, match="unknown reduce 'mean': known are"):
+        env.layer_states(reduce="mean")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prompt", "answers", "message"),
+    [
+        (np.zeros(0, np.int64), 0, (), "must have an array of token ids"),
+        (np.zeros((2, 3), np.int64), 0, (), "must have an array of token ids"),
+        (np.zeros(5), 0, (), "must have an array of token ids"),
+        ([1, 2, 3], 0, (), "must have an array of token ids"),
+        (np.zeros(5, np.int64), 6, (), "has 5 tokens, but a prompt of 6"),
+        (np.zeros(5, np.int64), 0, ((3, 6),), "has 5 tokens, but an answer from 3 to 6"),
+    ],
+)
+def test_traces_that_are_none(tokens: Any, prompt: int, answers: tuple[tuple[int, int], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"trace 'mine' {message}"):
+        kvenv.Trace(tokens, prompt, answers, "mine")
 
 
 def test_observations_that_cannot_fit_are_refused() -> None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import kvenv
 from kvenv import dynamics, graphs
 from kvenv.attention import use_kvenv_attention
+from kvenv.cache import SlotCache
 from kvenv.dynamics import Dynamics
 from kvenv.features import feature_set
 from kvenv.graphs import WARM_UP_CALLS, Graphs
@@ -126,14 +127,14 @@ def test_what_depends_on_the_host_shows() -> None:
 
 @pytest.mark.usefixtures("stand_in")
 def test_graphs_over_a_cache_that_was_replaced_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    renew = Dynamics._renew
+    take = Dynamics._take
 
-    def renew_but_the_graphs(self: Dynamics) -> None:
+    def take_but_the_graphs(self: Dynamics, cache: SlotCache) -> None:
         before = getattr(self, "graphs", None)
-        renew(self)
+        take(self, cache)
         self.graphs = before or self.graphs
 
-    monkeypatch.setattr(Dynamics, "_renew", renew_but_the_graphs)
+    monkeypatch.setattr(Dynamics, "_take", take_but_the_graphs)
     with pytest.raises(ReferenceError, match=GONE):
         story(vector(3, cuda_graph=True))
 

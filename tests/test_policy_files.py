@@ -231,6 +231,9 @@ def test_policies_of_before_know_what_their_network_says(tmp_path: Path) -> None
         {"shape": [0, 2, 12, 5, 1]},
         {"shape": [2, -2, 12, 5, 1]},
         {"features": "unknown"},
+        {"shape": [2, 2, 12, 5, 10**9]},
+        {"shape": [10**30, 2, 12, 5, 1]},
+        {"interval": float("inf")},
     ],
     ids=str,
 )
@@ -264,3 +267,11 @@ def test_trained_policies_name_the_bundled_model(name: str, tiny_model: Any) -> 
     assert policy.training.get("budgets") == (None if policy.budgets is None else list(policy.budgets))
     directory = Path(agents.__file__).parent / "trained" / name
     assert (directory / "policy.json").read_text() == json.dumps(policy.description(), indent=2) + "\n"
+
+
+def test_an_unknown_type_is_named_with_its_file(tmp_path: Path) -> None:
+    learned("kvp").save_pretrained(tmp_path)
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"type": "oracle"}))
+    with pytest.raises(ValueError, match=r"policy\.json is of the unknown policy type 'oracle': known are scorer, kvp"):
+        agents.make(tmp_path)

@@ -155,14 +155,26 @@ def test_seeds_choose_traces_and_cuts(store: str) -> None:
         ({"trace": 3}, "trace 3 isn't in the store: it has 3"),
         ({"trace": 0, "cut": 7}, "multiple of 6 from 6 to 24"),
         ({"budget": 7}, "unknown option 'budget': known are trace, cut"),
+        ({"trace": 1.7}, "option trace must be an integer, not 1.7"),
+        ({"cut": "6"}, "option cut must be an integer, not '6'"),
+        (7, "options must be a dict of trace, cut, not 7"),
     ],
 )
 def test_impossible_options_are_refused(store: str, options: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        KVRankEnv(store=store).reset(seed=0, options=options)
+    env, twin = KVRankEnv(store=store), KVRankEnv(store=store)
+    for each in (env, twin):
+        each.reset(seed=0)
+    for seed in (None, 5):
+        with pytest.raises(ValueError, match=message):
+            env.reset(seed=seed, options=options)
+    with pytest.raises(ValueError, match="seed must be an integer of at least 0"):
+        env.reset(seed=-1)
+    assert [env.reset()[1] for _ in range(5)] == [twin.reset()[1] for _ in range(5)], "what was refused left a trace"
 
 
-@pytest.mark.parametrize("heads", [[], [[0, 2]], [[2, 0]], [[0, 0], [0, 0]], [1], [[0]]])
+@pytest.mark.parametrize(
+    "heads", [[], [[0, 2]], [[2, 0]], [[0, 0], [0, 0]], [1], [[0]], 1, [[True, False]], [[0.0, 1.0]], [[[0], 1]]]
+)
 def test_impossible_heads_are_refused(store: str, heads: list) -> None:
     with pytest.raises(ValueError, match="layers 0 to 1 and KV heads 0 to 1"):
         KVRankEnv(store=store, heads=heads)
@@ -182,6 +194,8 @@ def test_misuse_is_refused(store: str, tmp_path: Path) -> None:
         env.step(env.action_space.sample())
     with pytest.raises(FileNotFoundError, match=r"is no trace store.*kvenv record"):
         gym.make("KVRank-v0", store=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="store must be a directory, not 5"):
+        KVRankEnv(store=5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="features 'foresight' read stats"):
         KVRankEnv(store=store, features="foresight")
 

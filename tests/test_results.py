@@ -265,6 +265,10 @@ def cut_field(text: str) -> str:
     return text.replace('"policy"', '"who"', 1)
 
 
+def no_budget(text: str) -> str:
+    return text.replace('"budget": ', '"budget": {}, "b": ', 1)
+
+
 def cut_object(text: str) -> str:
     return "7\n" + text
 
@@ -274,6 +278,7 @@ def cut_object(text: str) -> str:
     [
         (cut_line, r"answers\.jsonl:6: not JSON"),
         (cut_field, r"answers\.jsonl:1: lacks policy"),
+        (no_budget, r"answers\.jsonl:1: budget \{\} is none"),
         (cut_object, r"answers\.jsonl:1: int where an object was expected"),
         (lambda text: text[: text.index("\n") + 1], r"answers\.jsonl lacks the answers of 5 rows of results\.json"),
         (lambda text: None, r"answers\.jsonl lacks the answers of 6 rows of results\.json"),

@@ -176,6 +176,7 @@ DAMAGES = {
     "list": (lambda store: (store / "index.json").write_text("[1, 2]"), r"index\.json is not the index"),
     "other format": (edit_index(lambda x: x.update(format="theirs")), "format is 'theirs'"),
     "other field": (edit_index(lambda x: x.update(interval="6")), "interval '6' must be of type int"),
+    "no frequency": (edit_index(lambda x: x.update(inv_freq=[None])), r"inv_freq \[None\] must be of type list"),
     "impossible": (edit_index(lambda x: x.update(interval=0)), "interval 0"),
     "other utility": (edit_index(lambda x: x.update(reduce="median")), "median"),
     "other dtype": (edit_index(lambda x: x.update(dtype="int4")), "int4"),

@@ -415,7 +415,7 @@ def test_a_dataset_may_mean_something_else_by_answer(
         ({"name": "recal"}, "unknown traces 'recal': known are recall, tracking, dialogue, reasoning"),
         ({"split": "dev"}, "unknown split 'dev': known are train, validation, test"),
         ({"schedule": "never"}, "unknown schedule 'never': known are periodic, prefill"),
-        ({"trace_length": 1}, "trace_length=1 is too short"),
+        ({"trace_length": 1}, "trace_length must be an integer of at least 2, not 1"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], says: str) -> None:
@@ -423,7 +423,27 @@ def test_bad_arguments(arguments: dict[str, object], says: str) -> None:
         load_traces(**{"name": "recall", "tokenizer": TOKENIZER, **arguments})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[" * 5000, "not JSON"),
+        ('{"input_ids": [' + "9" * 5000 + "]}", "not JSON .*4300 digits"),
+        (r'{"text": "\ud800"}', "text must be a string"),
+        (r'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\udc00"}]}', "both text"),
+        ('{"messages": [{"role": ["user"], "content": "x"}, {"role": "assistant", "content": "y"}]}', "both text"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}', "chat template"),
+    ],
+)
+def test_lines_that_are_no_traces_are_named(tmp_path: Path, line: str, says: str) -> None:
+    path = tmp_path / "traces.jsonl"
+    path.write_text('{"input_ids": [5, 6]}\n' + line)
+    with pytest.raises(ValueError, match=f"traces.jsonl:2.*{says}"):
+        load_traces(str(path), tokenizer=TOKENIZER)
+
+
 def test_missing_file() -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_traces("x" * 5000 + ".txt", tokenizer=TOKENIZER)
     with pytest.raises(FileNotFoundError, match=r"'nowhere.jsonl': no such file"):
         load_traces("nowhere.jsonl", tokenizer=TOKENIZER)
 

@@ -21,7 +21,8 @@ import agents
 from agents.checkpoint import load_checkpoint
 from agents.imitation import ImitationLearner
 from experiments import record, train
-from experiments.runs import Interruption, commit, read_config, read_metrics
+from experiments.learners import default_arguments
+from experiments.runs import Interruption, commit, read_config, read_metrics, to_json, write_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -243,6 +244,18 @@ def test_a_run_is_not_overwritten_and_no_run_is_not_resumed(tmp_path: Path, stra
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="is not the configuration of a run"):
         train.main(["imitation", "--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("learner", "budgets", ["x"]), ("learner", "seed", "0"), ("run", "eval_every", None), ("env", "model", {})],
+)
+def test_arguments_of_other_types_are_named(part: str, name: str, value: object, tmp_path: Path) -> None:
+    arguments = to_json(default_arguments("grpo"))
+    arguments[part][name] = value
+    write_config(tmp_path, {"learner": "grpo", "arguments": arguments, "commit": None})
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} can't be resumed: config.json has {name} "):
+        train.main(["--resume", str(tmp_path)])
 
 
 @pytest.mark.parametrize(("option", "value"), [("updates", "0"), ("eval-every", "-1"), ("save-every", "0")])

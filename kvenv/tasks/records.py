@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kvenv.files import parse_line
 from kvenv.tasks.base import Examples, TaskSetting
 from kvenv.traces.draw import Draw
 
@@ -167,18 +168,11 @@ def parse(text: str, place: str) -> list[Record]:
             return list(json.loads(text))
         except json.JSONDecodeError as error:
             raise ValueError(f"{place}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
-        except (ValueError, RecursionError) as error:  # a number of too many digits, or too deep
-            raise ValueError(f"{place}: not JSON ({error})") from error
-    records = []
+        except (ValueError, RecursionError) as error:  # a number of too many digits, too deep
+            raise ValueError(f"{place}:1: not JSON ({error})") from error
     # Not splitlines: a JSON string may hold other line separators, such as U+2028.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}:{number}: not JSON ({error.msg} at column {error.colno})") from error
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place}:{number}: not JSON ({error})") from error
+    lines = enumerate(text.split("\n"), start=1)
+    records = [parse_line(line, f"{place}:{number}") for number, line in lines if line.strip()]
     return records
 
 

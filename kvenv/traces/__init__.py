@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+from kvenv.checks import check_choice, check_integer
 from kvenv.registry import TRACES, register_traces
 from kvenv.traces.dialogue import Dialogue
 from kvenv.traces.family import Family, FamilySource
@@ -65,12 +67,9 @@ def load_traces(
         raise ValueError(
             f"traces must be a name, not {type(name).__name__}: give a function a name with kvenv.register_traces"
         )
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: known are {', '.join(SPLITS)}")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}: known are {', '.join(SCHEDULES)}")
-    if trace_length < 2:
-        raise ValueError(f"trace_length={trace_length} is too short: choose 2 or more")
+    check_choice("split", split, SPLITS)
+    check_choice("schedule", schedule, SCHEDULES)
+    check_integer("trace_length", trace_length, 2)
     common = {"split": split, "tokenizer": tokenizer, "trace_length": trace_length}
     if name in TRACES:
         traces = TRACES.get(name)
@@ -86,6 +85,6 @@ def load_traces(
     if path.suffix not in (".txt", ".jsonl"):
         known = ", ".join(TRACES.names())
         raise ValueError(f"unknown traces {name!r}: known are {known}, a path ending in .txt or .jsonl, hf:<dataset>")
-    if not path.exists():
+    if not os.path.isfile(path):  # unlike Path's, it takes any name
         raise FileNotFoundError(f"traces {name!r}: no such file")
     return (read_text if path.suffix == ".txt" else read_jsonl)(path, schedule=schedule, **common)

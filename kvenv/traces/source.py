@@ -26,12 +26,27 @@ class Trace:
         Token spans [start, stop) of the answers, in order.
     name : str
         Where it comes from, e.g. ``"recall/test/17"``.
+
+    Raises
+    ------
+    ValueError
+        If the tokens are no array of token ids, or the prompt or an answer lies outside of them.
     """
 
     tokens: np.ndarray
     prompt_length: int
     answers: tuple[tuple[int, int], ...]
     name: str
+
+    def __post_init__(self) -> None:
+        tokens = self.tokens
+        if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
+            raise ValueError(f"trace {self.name!r} must have an array of token ids (T,), T > 0, not {tokens!r}")
+        if not 0 <= self.prompt_length <= len(tokens):
+            raise ValueError(f"trace {self.name!r} has {len(tokens)} tokens, but a prompt of {self.prompt_length}")
+        for start, stop in self.answers:
+            if not 0 <= start <= stop <= len(tokens):
+                raise ValueError(f"trace {self.name!r} has {len(tokens)} tokens, but an answer from {start} to {stop}")
 
 
 class TraceSource(ABC):

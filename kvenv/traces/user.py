@@ -6,7 +6,6 @@ second file for tests.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kvenv.files import parse_line
 from kvenv.traces.source import Encoder, Trace, TraceSource
 
 FORMS = ("input_ids", "text", "prompt", "messages")  # what a record holds: exactly one of these
@@ -121,10 +121,7 @@ def read_jsonl(path: Path, *, split: str, tokenizer: Any, trace_length: int, sch
         if not line.strip():
             continue
         place = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
+        record = parse_line(line, place)
         traces.append(trace_from_record(record, encoder, trace_length, schedule, place))
     if not traces:
         raise ValueError(f"traces {str(path)!r}: the file holds no trace")
@@ -234,9 +231,14 @@ def trace_from_record(
 
 
 def _string(record: dict[str, Any], key: str, place: str) -> str:
-    if not isinstance(record.get(key), str) or not record[key]:
+    if not _is_text(record.get(key)) or not record[key]:
         raise ValueError(f"{place}: {key} must be a string that is not empty")
     return record[key]
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether a JSON value is text: a string of JSON can hold half a surrogate pair, which is none."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _conversation(messages: Any, encoder: Encoder, place: str) -> tuple[str, str]:
@@ -245,13 +247,16 @@ def _conversation(messages: Any, encoder: Encoder, place: str) -> tuple[str, str
         not isinstance(messages, list)
         or len(messages) < 2
         or not all(
-            isinstance(one, dict) and isinstance(one.get("content"), str) and one.get("role") for one in messages
+            isinstance(one, dict) and _is_text(one.get("content")) and _is_text(one.get("role")) for one in messages
         )
     ):
-        raise ValueError(f"{place}: messages must be a list of two or more objects with role and content")
+        raise ValueError(f"{place}: messages must be a list of two or more objects with role and content, both text")
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"{place}: the last message must be the assistant's, not the {messages[-1]['role']}'s")
-    prompt, whole = encoder.chat(messages[:-1], answered=False), encoder.chat(messages, answered=True)
+    try:
+        prompt, whole = encoder.chat(messages[:-1], answered=False), encoder.chat(messages, answered=True)
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"{place}: messages don't fit the chat template: {error}") from error
     if whole.startswith(prompt):
         return prompt, whole[len(prompt) :]
     # Some templates begin an answer otherwise than they tell one, and leave its thoughts out: it is told by itself.
