@@ -28,7 +28,8 @@ from agents.soft_rank import soft_rank_loss
 from kvenv import noise, plackett_luce
 from kvenv.memory import side_by_side
 from kvenv.rank_env import cost, least_cost
-from kvenv.store import RecordedTrace, TraceStore
+from kvenv.recording import RecordedTrace
+from kvenv.store import TraceStore
 
 Objective = Literal["reinforce", "cost", "regression", "pairwise", "soft-rank"]
 

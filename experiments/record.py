@@ -16,7 +16,8 @@ from experiments.results import named
 from kvenv.golden import Reduce
 from kvenv.lock import hold
 from kvenv.models import load_model
-from kvenv.store import Recording, StoreWriter, record
+from kvenv.recording import Recording, record
+from kvenv.store import StoreWriter
 from kvenv.traces import load_traces
 
 

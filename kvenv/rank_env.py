@@ -20,8 +20,9 @@ from kvenv.features import feature_set
 from kvenv.finite import check_finite
 from kvenv.limits import observation_nbytes, refuse_what_cannot_fit
 from kvenv.ranking import eviction_order
+from kvenv.recording import RecordedTrace, sample
 from kvenv.state import LayerState
-from kvenv.store import RecordedTrace, TraceStore, sample
+from kvenv.store import TraceStore
 
 Observation = dict[str, np.ndarray]
 

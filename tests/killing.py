@@ -24,8 +24,9 @@ from experiments.runs import CONFIG, Run
 from kvenv.answering import Answer
 from kvenv.evaluation import Row
 from kvenv.lock import hold
+from kvenv.recording import RecordedTrace, Recording
 from kvenv.rotary import Rotary
-from kvenv.store import RecordedTrace, Recording, StoreWriter
+from kvenv.store import StoreWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 TERMS = {"budgets": [24]}

@@ -31,7 +31,7 @@ from agents.imitation import ImitationConfig, ImitationLearner
 from agents.kvp import KVPConfig, KVPLearner
 from agents.ppo import PPOConfig, PPOLearner
 from kvenv.models import load_model
-from kvenv.store import sample
+from kvenv.recording import sample
 from kvenv.traces import load_traces
 
 def digest(*arrays):

@@ -27,7 +27,8 @@ from kvenv.features import feature_set
 from kvenv.identity import Architecture, ModelIdentity, architecture, check_policy, fingerprint
 from kvenv.layerwise import rollout
 from kvenv.models import LoadedModel, load_model
-from kvenv.store import Recording, StoreWriter, TraceStore, record
+from kvenv.recording import Recording, record
+from kvenv.store import StoreWriter, TraceStore
 from kvenv.traces.user import ListSource
 from tests.environments import ARGUMENTS, BUDGET, INTERVAL, MODEL, PROTECTION, single, trace, vector
 from tests.models import ARCHITECTURES, random_model

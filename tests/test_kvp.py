@@ -23,8 +23,9 @@ from kvenv.layerwise import rollout
 from kvenv.models import LoadedModel
 from kvenv.rank_env import KVRankEnv, least_cost
 from kvenv.ranking import action_from_order
+from kvenv.recording import RecordedTrace, Recording, record
 from kvenv.rotary import Rotary
-from kvenv.store import RecordedTrace, Recording, StoreWriter, TraceStore, record
+from kvenv.store import StoreWriter, TraceStore
 from tests.environments import BUDGET, INTERVAL, PROTECTION, trace
 from tests.policies import kvenv_model, random_traces
 

@@ -32,9 +32,9 @@ from experiments.reproduce.verdicts import Measured
 from kvenv.evaluation import Row
 from kvenv.layerwise import rollout
 from kvenv.models import load_model
+from kvenv.recording import record
 from kvenv.rewards import FullLosses, WindowLosses
 from kvenv.state import LayerState
-from kvenv.store import record
 from kvenv.tasks import TASKS
 from kvenv.traces import load_traces
 from tests.policies import kvenv_model, random_traces

@@ -20,8 +20,9 @@ import kvenv
 from kvenv.models import LoadedModel
 from kvenv.rank_env import KVRankEnv
 from kvenv.ranking import action_from_order, eviction_order
+from kvenv.recording import Recording, record
 from kvenv.registry import FEATURES
-from kvenv.store import Recording, StoreWriter, TraceStore, record
+from kvenv.store import StoreWriter, TraceStore
 from tests.policies import kvenv_model, random_traces
 from tests.test_env import SB3_WARNINGS
 

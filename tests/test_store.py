@@ -15,7 +15,8 @@ from safetensors.torch import load, save
 import kvenv
 from kvenv.identity import fingerprint
 from kvenv.models import LoadedModel
-from kvenv.store import Recording, StoreWriter, TraceStore, cuts, record, sample
+from kvenv.recording import Recording, cuts, record, sample
+from kvenv.store import StoreWriter, TraceStore
 from tests.models import random_model
 from tests.policies import kvenv_model, random_traces
 from tests.reference import masked_run

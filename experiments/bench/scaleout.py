@@ -22,7 +22,7 @@ from experiments.crew import Crew, CrewArgs
 from experiments.learners import GRPO, KVP, DecodingArgs, RolloutArgs, RunArgs, SharedArgs
 from experiments.record import Args, Recorder, record_store
 from experiments.replicas import Replicas
-from kvenv.store import Recording
+from kvenv.recording import Recording
 
 REPEATS, TRACES, SHARD = 7, 8, 4
 BYTES = 64 << 20

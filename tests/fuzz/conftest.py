@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvenv.models import LoadedModel
-from kvenv.store import Recording, StoreWriter, record
+from kvenv.recording import Recording, record
+from kvenv.store import StoreWriter
 from tests.fuzz.counted import TRIED
 from tests.policies import kvenv_model, random_traces
 
