@@ -14,6 +14,8 @@ from pkgutil import walk_packages
 
 import gymnasium
 
+import kvenv  # noqa: F401  # registers the ids
+
 PACKAGES = ("kvenv", "agents", "experiments")
 MISSING = ("torch", "stable_baselines3")
 """What may be missing: PyTorch, and what needs it."""
@@ -38,7 +40,7 @@ def imported() -> tuple[int, int]:
         try:
             import_module(name)
         except ModuleNotFoundError as error:
-            if error.name not in MISSING:
+            if (error.name or "").partition(".")[0] not in MISSING:
                 raise
             stopped += 1
     return len(names) - stopped, stopped
