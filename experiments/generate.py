@@ -15,6 +15,7 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel, TextStrea
 
 from experiments.cli import run
 from experiments.evaluate import make_policies
+from kvenv.attention import CACHE
 from kvenv.generation import EvictingCache
 from kvenv.identity import cache_shape
 from kvenv.models import LoadedModel, check_tokens, load_model
@@ -172,11 +173,11 @@ def generate(args: Args) -> str:
     out = cast(Any, model.generate)(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=evicting or DynamicCache(config=model.config),
         streamer=clock,
         max_new_tokens=args.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id or 0,
         **({"compile_config": compile_config(ids.device)} if args.compile and evicting else {"disable_compile": True}),
+        **{CACHE: evicting or DynamicCache(config=model.config)},
         **sampling,
     )
     return report(model, clock.times, ids.shape[1], out.shape[1], evicting)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from kvenv.attention import CACHE
 from kvenv.decode import full_cache_losses
 from kvenv.evaluation import Row, check_cells, kept_fraction
 from kvenv.generation import EvictingCache
@@ -302,16 +303,16 @@ class _Questions(_Batch[Question]):
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         if cache is not None and self.decoding.held_out:
-            self.model(input_ids=ids[:, : len(self.examples[0].context)], past_key_values=cache, logits_to_keep=1)
+            self.model(input_ids=ids[:, : len(self.examples[0].context)], logits_to_keep=1, **{CACHE: cache})
         decoding = self.decoding
         sampling = [Sampling(seed, self.ids, decoding.temperature, decoding.top_p)] if decoding.temperature > 0 else []
         with own_settings(self.model, pad):
             out = cast(Any, self.model.generate)(
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=cache,
                 max_new_tokens=max(question.max_new_tokens for question in self.examples),
                 logits_processor=LogitsProcessorList(sampling),
+                **{CACHE: cache},
             )
         return out[:, width:].tolist()
 
