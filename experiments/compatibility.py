@@ -35,7 +35,8 @@ TOOLS = ("pip>=23.3", "pytest", "pytest-xdist", "hypothesis")
 """What tests need besides; older pips download what they only resolve."""
 TESTS = (
     "env", "env_errors", "vector_env", "rank_env", "head_view", "models", "attention", "cache", "rollout", "generation",
-    "ppo", "grpo", "kvp", "train", "cli", "registry", "packaging", "policy_files", "trained",
+    "golden", "store", "answering", "ppo", "grpo", "kvp", "train", "cli", "registry", "packaging", "policy_files",
+    "trained",
 )  # fmt: skip
 """What runs in every row: all that touches those libraries."""
 LIGHT_TESTS = ("files", "jobs", "ruler", "task_texts", "zeroshot")
