@@ -15,6 +15,7 @@ from transformers import CompileConfig, DynamicCache, LogitsProcessorList, PreTr
 
 from experiments.cli import run
 from experiments.evaluate import make_policies
+from kvenv.attention import CACHE
 from kvenv.finite import check_run
 from kvenv.generation import EvictingCache
 from kvenv.identity import cache_shape
@@ -175,12 +176,12 @@ def generate(args: Args) -> str:
     out = cast(Any, model.generate)(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=evicting or DynamicCache(config=model.config),
         streamer=clock,
         logits_processor=LogitsProcessorList([finite]),
         max_new_tokens=args.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id or 0,
         **({"compile_config": compile_config(ids.device)} if args.compile and evicting else {"disable_compile": True}),
+        **{CACHE: evicting or DynamicCache(config=model.config)},
         **sampling,
     )
     check_run(args.policy, ["the prompt"], finite.lost, None if evicting is None else evicting.unranked)

@@ -77,33 +77,39 @@ def run_jobs(jobs: Sequence[Job], processes: int, times: Path) -> None:
     running: dict[Future[None], tuple[Job, float]] = {}
     os.environ.update(ONE_THREAD)
     began = due = time.monotonic()
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, initializer=_end_with_parent, max_tasks_per_child=1) as pool:
-        try:
-            while todo or running:
-                ready = [job for job in todo if set(job.after) <= done]
-                for job in ready[: processes - len(running)]:
-                    todo.remove(job)
-                    running[pool.submit(job.work, *job.arguments)] = (job, time.monotonic())
-                if not running:
-                    names = ", ".join(job.name for job in todo)
-                    raise ValueError(f"jobs {names} come after jobs that don't exist, or after each other")
-                for future in wait(running, timeout=PLAIN_SECONDS, return_when=FIRST_COMPLETED).done:
-                    job, start = running.pop(future)
-                    try:
-                        future.result()
-                    finally:
-                        _add_time(times, job.name, time.monotonic() - start)
-                    done.add(job.name)
-                if time.monotonic() >= due:
-                    due = time.monotonic() + PLAIN_SECONDS
-                    names = ", ".join(job.name for job, _ in running.values())
-                    minutes = (time.monotonic() - began) / 60
-                    line = f"{len(done)}/{len(jobs)} jobs done after {minutes:.0f} min; running {names}"
-                    print(line, file=sys.stderr, flush=True)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    try:
+        while todo or running:
+            ready = [job for job in todo if set(job.after) <= done]
+            for job in ready[: processes - len(running)]:
+                todo.remove(job)
+                running[_begin(job)] = (job, time.monotonic())
+            if not running:
+                names = ", ".join(job.name for job in todo)
+                raise ValueError(f"jobs {names} come after jobs that don't exist, or after each other")
+            for future in wait(running, timeout=PLAIN_SECONDS, return_when=FIRST_COMPLETED).done:
+                job, start = running.pop(future)
+                try:
+                    future.result()
+                finally:
+                    _add_time(times, job.name, time.monotonic() - start)
+                done.add(job.name)
+            if time.monotonic() >= due:
+                due = time.monotonic() + PLAIN_SECONDS
+                names = ", ".join(job.name for job, _ in running.values())
+                minutes = (time.monotonic() - began) / 60
+                line = f"{len(done)}/{len(jobs)} jobs done after {minutes:.0f} min; running {names}"
+                print(line, file=sys.stderr, flush=True)
+    except BaseException:
+        wait(running)
+        raise
+
+
+def _begin(job: Job) -> Future[None]:
+    """Begin a job in a process that ends with it; a pool for all could do that from Python 3.11 on."""
+    pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_end_with_parent)
+    future = pool.submit(job.work, *job.arguments)
+    pool.shutdown(wait=False)
+    return future
 
 
 def read_times(path: Path) -> dict[str, float]:

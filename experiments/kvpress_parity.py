@@ -26,6 +26,7 @@ from experiments.bench.peer import KVPRESS, Peer, kvpress
 from experiments.cli import run
 from experiments.progress import track
 from experiments.runs import commit
+from kvenv.attention import CACHE
 from kvenv.files import write_atomic
 from kvenv.models import TINY, load_model
 from kvenv.traces import FAMILIES, load_traces
@@ -81,8 +82,8 @@ def ours(model: PreTrainedModel, policy: str, prompt: Tensor, budget: int, new: 
     terms = {"budget": budget, "interval": INTERVAL, "schedule": "prefill"}
     cache = kvenv.EvictingCache(model, agents.make(policy), **terms)  # type: ignore[arg-type]
     out = model.generate(  # type: ignore[operator]  # transformers types the mixin's method as a tensor
-        prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=new, do_sample=False,
-        eos_token_id=NEVER_SAID, pad_token_id=0,
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False,
+        eos_token_id=NEVER_SAID, pad_token_id=0, **{CACHE: cache},
     )  # fmt: skip
     length = prompt.shape[1]
     positions = cache.positions[:, 0].masked_fill(cache.positions[:, 0] < 0, length).sort().values

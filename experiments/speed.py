@@ -10,6 +10,7 @@ from statistics import median
 import torch
 from transformers import DynamicCache
 
+from kvenv.attention import CACHE
 from kvenv.models import LoadedModel
 from kvenv.vector_env import KVEvictVectorEnv
 
@@ -72,11 +73,11 @@ def _bare_forward(loaded: LoadedModel, tokens: torch.Tensor, filled: int) -> Cal
     model, window = loaded.model, tokens[:, filled:]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens[:, :filled], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(tokens[:, :filled], use_cache=True, logits_to_keep=1, **{CACHE: cache})
 
     def forward() -> torch.Tensor:
         with torch.no_grad():
-            logits = model(window, past_key_values=cache, use_cache=True).logits
+            logits = model(window, use_cache=True, **{CACHE: cache}).logits
             cache.crop(-window.shape[1])
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), window.flatten(), reduction="none")
 

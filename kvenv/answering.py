@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from kvenv.attention import CACHE
 from kvenv.decode import full_cache_losses
 from kvenv.evaluation import FULL, Row, check_cells, kept_fraction
 from kvenv.finite import check_run, lost_rows
@@ -334,13 +335,13 @@ class _Questions(_Batch[Question]):
         sampling = [Sampling(seed, self.ids, decoding.temperature, decoding.top_p)] if decoding.temperature > 0 else []
         with side_by_side(len(ids), width + most, "prompts with answers"), own_settings(self.model, pad):
             if cache is not None and decoding.held_out:
-                self.model(input_ids=ids[:, : len(self.examples[0].context)], past_key_values=cache, logits_to_keep=1)
+                self.model(input_ids=ids[:, : len(self.examples[0].context)], logits_to_keep=1, **{CACHE: cache})
             out = cast(Any, self.model.generate)(
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=cache,
                 max_new_tokens=most,
                 logits_processor=LogitsProcessorList([finite, *sampling]),
+                **{CACHE: cache},
             )
         return out[:, width:].tolist()
 

@@ -1,13 +1,14 @@
 """kvenv's attention as Hugging Face models call it: a registered attention function and a registered mask function.
 
-A model switched to it (:func:`use_kvenv_attention`) behaves as with SDPA until a :class:`HandedCache` is passed as
-``past_key_values``. The attention function doesn't receive the cache, so ``Cache.update`` hands (cache, layer, new
+A model switched to it (:func:`use_kvenv_attention`) behaves as with SDPA until a :class:`HandedCache` is passed as its
+cache. The attention function doesn't receive the cache, so ``Cache.update`` hands (cache, layer, new
 keys) over and the function takes and clears it; nothing is kept on modules.
 """
 
 from __future__ import annotations
 
 import threading
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import create_causal_mask, sdpa_mask
 
 from kvenv.identity import cache_shape
 
 NAME = "kvenv"
+
+CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
+"""The name of models' argument for a cache: transformers 5.24 gave it another."""
 
 UNMASKED, READY = (0, 0), (0, 1)
 """What a :class:`HandedCache` answers to the question for mask sizes: that it needs no mask, and also that it has got
@@ -106,6 +110,11 @@ class HandedCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Return -1: any number of tokens can be seen."""
         return -1
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Say that no layer is linear attention: since transformers 5.24, generate prepares prompts for others only."""
+        return [False] * self.num_layers
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refuse beam search: rows have histories of their own."""

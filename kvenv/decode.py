@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvenv.attention import HandedCache
+from kvenv.attention import CACHE, HandedCache
 from kvenv.memory import side_by_side
 
 LOGITS_AT_ONCE = 1 << 24
@@ -154,7 +154,7 @@ def read(model: PreTrainedModel, cache: HandedCache, tokens: Tensor, positions: 
     """Feed tokens into the cache without scoring; return the last hidden states (N, S, width)."""
     cache.expect(positions, valid)
     return model.base_model(
-        input_ids=tokens, position_ids=positions.clamp(min=0), past_key_values=cache, use_cache=True
+        input_ids=tokens, position_ids=positions.clamp(min=0), use_cache=True, **{CACHE: cache}
     ).last_hidden_state
 
 

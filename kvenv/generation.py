@@ -59,6 +59,8 @@ class Block:
 class EvictingCache(HandedCache):
     """A key-value cache of bounded size for ``model.generate(..., past_key_values=...)``.
 
+    Since transformers 5.24 the argument's name is ``cache``, with a warning for the old one.
+
     Every row of the batch fills up to ``budget + interval`` pairs per (layer, KV head), then the policy ranks them and
     the cache evicts down to the budget, again and again: what ``KVEvict-v0`` and :func:`kvenv.rollout` do with the
     same text. A prompt longer than that is walked window by window. Left padding takes no slot. Greedy decoding,

@@ -106,6 +106,9 @@ class HeadView(VectorEnv[dict[str, Array], Array, Array]):
         """Close the environment."""
         self.env.close(**kwargs)
 
+    def __del__(self) -> None:
+        """Leave the environment open: before gymnasium 1.3 a view that goes would close it, or miss it if refused."""
+
     def _repeat(self, x: Array) -> Array:
         """Give every row its trace's value."""
         copies = self.layers * self.heads

@@ -263,7 +263,8 @@ def refuse_unsupported(name: str, config: PretrainedConfig) -> None:
         "it is an encoder-decoder": getattr(config, "is_encoder_decoder", False),
         "its latent attention (MLA) caches no per-head keys": getattr(text, "kv_lora_rank", None),
         "it has linear-attention, state-space or other special layers": _layer_types(text)
-        - {"full_attention", "sliding_attention", "attention"},
+        - {"full_attention", "sliding_attention", "attention"}
+        or getattr(text, "state_size", None),  # older transformers name no layer types of Mamba
         "its logits are soft-capped": getattr(text, "attn_logit_softcapping", None)
         or getattr(text, "final_logit_softcapping", None),
         "its logits are scaled after the head": {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -68,6 +70,19 @@ def test_it_takes_what_make_vec_makes_and_nothing_else() -> None:
     heads.close()
     with pytest.raises(ValueError, match="must be a KVEvictVectorEnv"):
         kvenv.HeadView(gym.make_vec("CartPole-v1", num_envs=2))
+
+
+def test_a_view_that_goes_leaves_its_environment_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before gymnasium 1.3 a vector environment closes itself when it is collected."""
+    closed: list[object] = []
+    env = vector(2)
+    monkeypatch.setattr(env, "close_extras", lambda **_: closed.append(env))
+    monkeypatch.setattr("sys.unraisablehook", closed.append)
+    kvenv.HeadView(env)
+    with pytest.raises(ValueError, match="must be a KVEvictVectorEnv"):
+        kvenv.HeadView(gym.make_vec("CartPole-v1", num_envs=2))
+    gc.collect()
+    assert not closed
 
 
 def test_wrong_actions() -> None:

@@ -87,7 +87,8 @@ def test_the_executed_eviction_is_the_one_whose_log_probability_is_in_the_buffer
     assert set(seen["positions"].max(axis=-1)[0]) == {16 + INTERVAL - 1, BUDGET + INTERVAL - 1}
     with torch.no_grad():
         for step in range(model.n_steps):
-            at = (torch.as_tensor(seen["layer"][step, :, 0]), torch.as_tensor(seen["head"][step, :, 0]))
+            # The buffer of Stable-Baselines3 2.7.0 holds whole numbers as float32, too.
+            at = (torch.as_tensor(seen["layer"][step, :, 0]).long(), torch.as_tensor(seen["head"][step, :, 0]).long())
             scores = model.policy.scorer(torch.as_tensor(seen["features"][step]), at).double().numpy()
             for row in range(env.num_envs):
                 evicted = recorder.evicted[step][row]

@@ -19,6 +19,7 @@ from experiments.bench.models import work
 from experiments.bench.peer import Peer, kvpress
 from experiments.bench.step import bare_copy
 from experiments.generate import compile_config
+from kvenv.attention import CACHE
 from kvenv.models import load_model
 from kvenv.state import Protection
 
@@ -90,7 +91,7 @@ def ours(model: PreTrainedModel, prompt: Tensor, new: int, budget: int, interval
             cache = kvenv.EvictingCache(
                 model, policy, budget=budget, interval=interval, protection=protection, compileable=compileable
             )
-            return generate(model, prompt, new, past_key_values=cache, **how)
+            return generate(model, prompt, new, **{CACHE: cache}, **how)
 
         return run
 

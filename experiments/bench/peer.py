@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, cast
+
+from experiments.venvs import make_venv
 
 KVPRESS = ("kvpress==0.5.5", "transformers<5.3", "gymnasium")
 """What stands beside PyTorch in kvpress's environment; the last is what kvenv needs besides to be imported there."""
@@ -37,18 +38,10 @@ class Peer:
     """
 
     def __init__(self, requirements: Sequence[str], environment: Path, script: Path, arguments: Sequence[str]) -> None:
-        python, complete, wanted = environment / "bin" / "python", environment / ".complete", "\n".join(requirements)
-        if not complete.exists() or complete.read_text(encoding="utf-8") != wanted:
-            for command in (
-                [sys.executable, "-m", "venv", str(environment)],
-                [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
-            ):
-                if subprocess.run(command, check=False).returncode:
-                    raise OSError(f"{environment} can't be made: {' '.join(command)} failed")
-            complete.write_text(wanted, encoding="utf-8")
+        python = make_venv(environment, requirements)
         # Isolated, or the names of our sections would stand for modules of its own.
         self._process = subprocess.Popen(
-            [str(python), "-I", str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, "-I", str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def ask(self, **question: object) -> Any:

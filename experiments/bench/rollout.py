@@ -15,6 +15,7 @@ from experiments.bench.machine import measure
 from experiments.bench.measure import Row, Side, alternate, compare
 from experiments.bench.models import work
 from experiments.bench.step import bare_copy
+from kvenv.attention import CACHE
 from kvenv.cache import SlotCache
 from kvenv.decode import collate, feed
 from kvenv.expert import policy_action
@@ -127,7 +128,7 @@ def chunked_forward(model: PreTrainedModel, traces: list[Trace]) -> Side:
         cache = DynamicCache(config=bare.config)
         for start in range(0, TOKENS - 1, INTERVAL):
             window = tokens[:, start : min(start + INTERVAL, TOKENS - 1)]
-            logits = bare(window, past_key_values=cache, use_cache=True).logits
+            logits = bare(window, use_cache=True, **{CACHE: cache}).logits
             targets = tokens[:, start + 1 : start + 1 + window.shape[1]]
             torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
             if cache.get_seq_length() > BUDGET:

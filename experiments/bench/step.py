@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from experiments.bench.machine import measure
 from experiments.bench.measure import Row, Side, Times, alternate, compare
 from experiments.bench.models import RANDOM, large, register_random_traces, work
+from kvenv.attention import CACHE
 from kvenv.features import feature_set
 from kvenv.graphs import Graphs
 from kvenv.models import LoadedModel, load_model
@@ -140,13 +141,13 @@ def captured_forward(bare: PreTrainedModel, tokens: Tensor, filled: int) -> Side
 def cached(bare: PreTrainedModel, tokens: Tensor) -> DynamicCache:
     """Return a cache of tokens."""
     cache = DynamicCache(config=bare.config)
-    bare(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    bare(tokens, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     return cache
 
 
 def losses(bare: PreTrainedModel, window: Tensor, cache: DynamicCache) -> Tensor:
     """Return the NLL of a window over a cache, which grows by it."""
-    logits = bare(window, past_key_values=cache, use_cache=True).logits
+    logits = bare(window, use_cache=True, **{CACHE: cache}).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), window.flatten(), reduction="none")
 
 

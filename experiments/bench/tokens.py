@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from kvenv.attention import HandedCache
+from kvenv.attention import CACHE, HandedCache
 from kvenv.cache import SlotCache
 from kvenv.generation import Block, EvictingCache
 from kvenv.graphs import Graphs
@@ -72,8 +72,8 @@ class Tokens:
             input_ids=token,
             position_ids=position,
             attention_mask=self._mask(position),
-            past_key_values=self._cache,
             use_cache=True,
+            **{CACHE: self._cache},
         ).logits
         return {"token": logits.argmax(dim=-1), "position": position + 1}
 
