@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cli import run
-from experiments.runs import read_config, read_metrics
+from experiments.runs import CONFIG, read_config, read_metrics
 from experiments.tables import wide_console
 from kvenv.files import write_atomic
 
@@ -105,8 +105,11 @@ def load(directories: Sequence[Path]) -> list[Curves]:
         config, lines = read_config(directory), read_metrics(directory)
         if not lines:
             raise ValueError(f"{directory} has measured nothing yet")
-        planned = int(config["arguments"]["learner"]["updates"])
-        found.append(Curves(name, str(config["learner"]), int(lines[-1]["step"]), planned, lines))
+        learning = config["arguments"].get("learner")
+        planned = learning.get("updates") if isinstance(learning, dict) else None
+        if not isinstance(planned, int):
+            raise ValueError(f"{directory} doesn't say how many updates it was to make: its {CONFIG} isn't a learner's")
+        found.append(Curves(name, config["learner"], int(lines[-1]["step"]), planned, lines))
     return found
 
 
