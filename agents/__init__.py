@@ -111,10 +111,11 @@ def _load(directory_or_id: str, *, revision: str | None = None, **kwargs: Any) -
     """Return a learned policy by the loader of its type."""
     directory = hub.find(directory_or_id, revision)
     kind = hub.read_description(directory)["type"]
-    if kind not in _TYPES:
-        known = ", ".join(_TYPES.names())
-        raise ValueError(f"{directory / hub.DESCRIPTION} is of the unknown policy type {kind!r}: known are {known}")
-    return _TYPES.get(kind)(directory, **kwargs)
+    try:
+        read = _TYPES.get(kind)
+    except ValueError as error:
+        raise ValueError(f"{directory / hub.DESCRIPTION}: {error}") from error
+    return read(directory, **kwargs)
 
 
 def _lazy(module: str, attribute: str) -> Callable[..., Any]:

@@ -94,7 +94,7 @@ def _read(path: Path) -> State:
     description = read_json(path / _VALUES, "a checkpoint")
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{_VALUES} is not a checkpoint of format {FORMAT!r}")
-    description = unsealed(description)
+    description = unsealed(description, path / _VALUES)
     tensors = (path / _TENSORS).read_bytes()
     if hashlib.sha256(tensors).hexdigest() != description.get("sha256"):
         raise ValueError(f"{_TENSORS} is damaged or belongs to another checkpoint: its digest differs")

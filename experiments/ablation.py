@@ -24,7 +24,7 @@ from experiments.progress import track
 from experiments.runs import commit
 from experiments.variants import FAMILIES, TRAINED, VARIANTS, Terms
 from kvenv.evaluation import evaluate
-from kvenv.files import write_atomic
+from kvenv.files import check_writable, read_json, write_atomic
 from kvenv.layerwise import Policy
 from kvenv.models import load_model
 from kvenv.traces import load_traces
@@ -89,10 +89,11 @@ def measure(policies: dict[str, Policy], args: Args) -> dict[str, dict[str, dict
 
 def compare(args: Args) -> dict[str, Any]:
     """Measure what isn't there yet, writing after each; return all."""
+    check_writable(args.out)
     path = args.out / f"{args.learner}.json"
     shared = ("updates", "budget", "batch", "num_traces", *(["init"] if args.learner == "grpo" else []))
     terms = {name: getattr(args, name) for name in shared}
-    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"terms": terms, "rows": {}}
+    there = read_json(path, "a comparison") if path.exists() else {"terms": terms, "rows": {}}
     if there["terms"] != terms:
         raise ValueError(f"{path} was measured with {there['terms']}, not {terms}: choose another --out")
 

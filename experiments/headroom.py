@@ -23,7 +23,7 @@ from experiments.results import write_rows
 from experiments.tables import report as report_rows
 from experiments.tables import wide_console
 from kvenv.evaluation import FULL, Row
-from kvenv.files import write_atomic
+from kvenv.files import check_writable, write_atomic
 
 NOT_HEURISTICS = ("random", "golden", "golden-expected")
 FAMILIES_NEEDED = 3
@@ -169,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = tyro.cli(Args, args=argv, prog="kvenv headroom")
     console = wide_console()
+    check_writable(args.out)
     rows, seconds = measure(args)
     comparison = report_rows(rows, args.out, console)
     found = [r for family in comparison.families for r in requirements(comparison, family, args.budget)]

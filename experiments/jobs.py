@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.progress import PLAIN_SECONDS
-from kvenv.files import write_atomic
+from kvenv.files import read_json, write_atomic
 
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -108,7 +108,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, times: Path) -> None:
 
 def read_times(path: Path) -> dict[str, float]:
     """Return the seconds of each job so far."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    return dict(read_json(path, "the times of jobs")) if path.exists() else {}
 
 
 def _end_with_parent() -> None:

@@ -24,7 +24,8 @@ from experiments.curriculum import ANSWER, PLAIN, Batch, Lesson, curriculum
 from experiments.quality import Arguments as QualityArguments
 from experiments.quality import table
 from experiments.tiny_model import build_model, build_tokenizer
-from kvenv.files import write_atomic
+from kvenv.files import digest, read_json, sealed, unsealed, write_atomic
+from kvenv.lock import hold
 from kvenv.traces import FAMILIES
 from kvenv.traces.draw import Draw
 
@@ -185,10 +186,13 @@ class Pretraining:
                 moments[f"{name}/{key}"] = value.detach().cpu().contiguous()
         weights = {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters()}
         step = self.at.step
-        write_atomic(folder / f"weights-{step}.safetensors", to_safetensors(weights))
-        write_atomic(folder / f"moments-{step}.safetensors", to_safetensors(moments))
+        digests = {}
+        for file, tensors in ((f"weights-{step}.safetensors", weights), (f"moments-{step}.safetensors", moments)):
+            write_atomic(folder / file, to_safetensors(tensors))
+            digests[file] = digest(folder / file)
         recipe = {key: getattr(self.arguments, key) for key in RECIPE}
-        write_atomic(folder / "state.json", json.dumps({"at": asdict(self.at), "arguments": recipe}, indent=2))
+        state = sealed({"at": asdict(self.at), "arguments": recipe, "sha256": digests})
+        write_atomic(folder / "state.json", json.dumps(state, indent=2))
         for old in folder.glob("*.safetensors"):
             if not old.stem.endswith(f"-{step}"):
                 old.unlink()
@@ -200,10 +204,16 @@ class Pretraining:
         Raises
         ------
         ValueError
-            If it was written with other arguments.
+            If it was written with other arguments, or is damaged.
         """
         folder = self.arguments.out / "checkpoint"
-        checkpoint = json.loads((folder / "state.json").read_text())
+        checkpoint = read_json(folder / "state.json", "a checkpoint")
+        if not isinstance(checkpoint, dict) or not {"at", "arguments", "sha256"} <= set(checkpoint):
+            raise ValueError(f"{folder / 'state.json'} is not a checkpoint of this command")
+        checkpoint = unsealed(checkpoint, folder / "state.json")
+        for file, promised in checkpoint["sha256"].items():
+            if digest(folder / file) != promised:
+                raise ValueError(f"{folder / file} is damaged: its digest is not the one in state.json")
         for key, value in checkpoint["arguments"].items():
             if getattr(self.arguments, key) != value:
                 raise ValueError(
@@ -328,6 +338,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     arguments = tyro.cli(Arguments, args=argv, prog="kvenv pretrain")
     check(arguments)
+    with hold(arguments.out):
+        _pretrain(arguments)
+
+
+def _pretrain(arguments: Arguments) -> None:
+    """Train where nobody else writes."""
     pretraining = Pretraining(arguments)
     if arguments.resume:
         pretraining.load()

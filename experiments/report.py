@@ -105,11 +105,11 @@ def load(directories: Sequence[Path]) -> list[Curves]:
         config, lines = read_config(directory), read_metrics(directory)
         if not lines:
             raise ValueError(f"{directory} has measured nothing yet")
-        learning = config["arguments"].get("learner")
-        planned = learning.get("updates") if isinstance(learning, dict) else None
-        if not isinstance(planned, int):
-            raise ValueError(f"{directory} doesn't say how many updates it was to make: its {CONFIG} isn't a learner's")
-        found.append(Curves(name, config["learner"], int(lines[-1]["step"]), planned, lines))
+        try:
+            planned = int(config["arguments"]["learner"]["updates"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{directory / CONFIG} doesn't say how many updates were planned") from error
+        found.append(Curves(name, str(config["learner"]), int(lines[-1]["step"]), planned, lines))
     return found
 
 

@@ -215,7 +215,7 @@ def _threads_quiet_of_disks() -> Iterator[None]:
 def _pass_second(directory: Path) -> None:
     """Wait until a new event file is read after those there: the order is that of the seconds in their names."""
     made = [path.name.split(".")[3] for path in directory.glob("events.out.tfevents.*")]
-    newest = max((int(second) for second in made if second.isdigit()), default=0)
+    newest = max((int(second) for second in made if second.isdecimal()), default=0)
     # At most a second: a name from the future (a clock put back) is not waited for.
     if int(time.time()) == newest:
         time.sleep(newest + 1 - time.time())
@@ -275,10 +275,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     objects = known and all(isinstance(config.get(name, {}), dict) for name in ("arguments", "made_from"))
     if not objects or not isinstance(config["learner"], str):
         raise ValueError(f"{path} is not the configuration of a run")
-    try:
-        return unsealed(config)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    return unsealed(config, path)
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:

@@ -157,8 +157,8 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"seal": _seal(content)}
 
 
-def unsealed(content: dict[str, Any]) -> dict[str, Any]:
-    """Return what :func:`sealed` was given; what has no seal, being older than seals, is let pass.
+def unsealed(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return what :func:`sealed` was given, read from a file; what has no seal, being older than seals, is let pass.
 
     Raises
     ------
@@ -167,7 +167,7 @@ def unsealed(content: dict[str, Any]) -> dict[str, Any]:
     """
     bare = {name: value for name, value in content.items() if name != "seal"}
     if "seal" in content and content["seal"] != _seal(bare):
-        raise ValueError("it was changed since it was written: its digest differs")
+        raise ValueError(f"{path} is damaged, or was changed by hand: its digest differs")
     return bare
 
 

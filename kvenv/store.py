@@ -477,10 +477,7 @@ def read_index(directory: Path) -> tuple[Recording, list[Shard]]:
     for shard in shards:
         if not _SHARD.fullmatch(shard.file):
             raise ValueError(f"{path} names the shard {shard.file!r}: only shard-NNNNN.safetensors beside it is read")
-    try:
-        unsealed(index)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    unsealed(index, path)
     return recording, shards
 
 

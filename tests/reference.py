@@ -80,6 +80,8 @@ def copy_with(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     if key not in _copies:
         _copies[key] = copy.deepcopy(model)
         _copies[key].set_attn_implementation(attention)
+    # Of now: a test may have changed the model's when the copy was made, or since.
+    _copies[key].generation_config = copy.deepcopy(model.generation_config)
     return _copies[key]
 
 

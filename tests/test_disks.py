@@ -160,14 +160,20 @@ def test_a_checkpoint_without_room_leaves_the_one_before(tmp_path: Path) -> None
     assert not list(tmp_path.rglob(f"*{ASIDE}"))
 
 
-@pytest.mark.parametrize("command", [EVALUATE, RECORD, TRAIN], ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "command",
+    [EVALUATE, RECORD, TRAIN, ["headroom"], ["bench"], ["reproduce", "kvp"], ["pretrain"]],
+    ids=lambda command: command[0],
+)
 def test_what_cannot_be_written_is_said_before_anything_is_computed(
     command: list[str], open_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("imitation.ImitationLearner.update", "evaluation.rollout"):
-        place = "agents." if module.startswith("imitation") else "kvenv."
-        monkeypatch.setattr(place + module, lambda *_, **__: pytest.fail("it was computed"))
-    monkeypatch.setattr("experiments.record.record", lambda *_, **__: pytest.fail("it was computed"))
+    for computes in (
+        "agents.imitation.ImitationLearner.update", "kvenv.evaluation.rollout", "experiments.record.record",
+        "experiments.bench.__main__.import_module", "experiments.reproduce.study.run_jobs",
+        "experiments.pretrain.Pretraining.update",
+    ):  # fmt: skip
+        monkeypatch.setattr(computes, lambda *_, **__: pytest.fail("it was computed"))
     with read_only(open_path):
         assert "Permission denied: '" in fails(capsys, [*command, "--out", str(open_path / "out")])
         assert "Permission denied: '" in fails(capsys, [*command, "--out", str(open_path)])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from kvenv.files import write_atomic
+from kvenv.files import ASIDE, append_line, check_writable, naming, remove_leftovers, write_atomic
 
 
 @pytest.mark.parametrize("data", ["zwölf\n", b"\x00\xff", ""])
@@ -41,3 +44,52 @@ def test_a_failure_leaves_the_old_file_and_nothing_beside_it(
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("write", [write_atomic, append_line])
+def test_the_directory_is_synced_after_the_file_got_its_name(
+    write: Callable[[Path, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[bool, bool]] = []
+    fsync, path = os.fsync, tmp_path / "file"
+
+    def noted(descriptor: int) -> None:
+        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write(path, "text")
+    assert synced == [(False, write is append_line), (True, True)]
+
+
+def test_leftovers_are_those_of_writes_that_were_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), 0))  # nothing is renamed, as if killed before
+    write_atomic(tmp_path / "file", "text")
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".file.")
+    assert left.name.endswith(ASIDE)
+    (tmp_path / ".gitignore").write_text("")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".gitignore"]
+
+
+def test_an_error_of_the_disk_has_a_name_and_others_keep_theirs(tmp_path: Path) -> None:
+    def fail(error: OSError) -> None:
+        with naming(tmp_path):
+            raise error
+
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}'"):
+        fail(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space left on device: 'mine'"):
+        fail(OSError(errno.ENOSPC, "No space left on device", "mine"))
+    with pytest.raises(ConnectionRefusedError) as refused:
+        fail(OSError(errno.ECONNREFUSED, "Connection refused"))
+    assert refused.value.filename is None
+
+
+def test_what_can_be_written_in_is_left_as_it_was(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "below")
+    assert not list((tmp_path / "new" / "below").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        check_writable(tmp_path / "file")

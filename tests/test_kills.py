@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import agents
 from agents.checkpoint import KEPT, checkpoints, load_checkpoint, save_checkpoint
+from experiments import cli
 from experiments.results import ANSWERS, RESULTS, ROWS, Results, read_rows, writing
 from experiments.runs import Run, read_metrics
 from kvenv.files import ASIDE
 from kvenv.identity import weights_digest
 from kvenv.lock import LOCK, hold
 from kvenv.store import StoreWriter, TraceStore
-from tests.killing import RECORDING, TERMS, Counter, Server, answers, policy, recorded, state
+from tests.killing import RECORDING, ROOT, TERMS, Counter, Server, answers, policy, recorded, state
 
 pytestmark = pytest.mark.filterwarnings("error")
 ROUNDS = [10, pytest.param(100, marks=pytest.mark.slow)]
@@ -131,7 +136,7 @@ def test_a_policy_is_whole_or_refused_and_the_next_save_mends_it(server: Server,
         assert agents.make(tmp_path).training == {"updates_done": 0}
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_run_goes_on_from_its_newest_checkpoint(server: Server, tmp_path: Path, rounds: int) -> None:
     for seconds in moments(rounds):
         said = server.run("write_run", tmp_path, seconds)
@@ -148,6 +153,32 @@ def test_a_run_goes_on_from_its_newest_checkpoint(server: Server, tmp_path: Path
     assert [event.step for event in events.Scalars("loss/count")] == steps
     assert not [path for path in leftovers(tmp_path) if "checkpoints" not in path.parts]
     assert not (tmp_path / LOCK).exists()
+
+
+COMMANDS = {
+    "evaluate": ([*"evaluate --traces recall --trace-length 96 --num-traces 12 --budgets 24 --batch-size 1".split(),
+                  *"--policies random keydiff".split()], ROWS, (RESULTS,)),
+    "record": ("record --traces recall --trace-length 96 --num-traces 12 --batch-size 1".split(), "index.json",
+               ("index.json", "shard-00000.safetensors", "shard-00011.safetensors")),
+}  # fmt: skip
+"""Commands, what shows that they have finished something, and what they make."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_killed_command_goes_on_to_the_same_files(name: str, tmp_path: Path) -> None:
+    command, begun, made = COMMANDS[name]
+    cli.main([*command, "--out", str(tmp_path / "whole")])
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-m", "experiments.cli", *command, "--out", str(out)], cwd=ROOT)
+    while not (out / begun).exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it was over before it was killed: make it longer"
+    assert not (out / made[-1]).exists()
+    cli.main([*command, "--out", str(out)])
+    for file in made:
+        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_a_killed_holder_holds_nothing(server: Server, tmp_path: Path) -> None:

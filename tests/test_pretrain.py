@@ -112,3 +112,14 @@ def test_a_checkpoint_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> Non
         main(["--out", str(tmp_path), *SMALL])
     with pytest.raises(ValueError, match="--seed is 1, the checkpoint has 0"):
         main(["--out", str(tmp_path), *SMALL, "--resume", "--seed", "1"])
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    main(["--out", str(tmp_path), *SMALL, "--final-steps", "1"])
+    for path in (tmp_path / "checkpoint").iterdir():
+        content = path.read_bytes()
+        for damaged in (content[:-1], content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], b"{}"):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=path.name):
+                main(["--out", str(tmp_path), *SMALL, "--final-steps", "1", "--resume"])
+        path.write_bytes(content)

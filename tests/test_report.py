@@ -64,5 +64,5 @@ def test_a_configuration_without_its_number_of_updates_is_refused(tmp_path: Path
     for arguments in ({}, {"learner": 3}, {"learner": {"updates": None}}):
         config = {"learner": "grpo", "arguments": arguments, "commit": None}
         (tmp_path / "one/config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="one doesn't say how many updates it was to make"):
+        with pytest.raises(ValueError, match=r"config\.json doesn't say how many updates were planned"):
             load([tmp_path / "one"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from experiments.reproduce import claims, plan, study, verdicts
 from experiments.reproduce.plan import Plan, Size, attention_free, heuristics
 from experiments.reproduce.study import Contestant
 from experiments.reproduce.verdicts import Chosen, Measured
+from experiments.results import read_rows
 from kvenv.evaluation import Row
 
 BUDGETS = (32, 64)
@@ -179,6 +182,38 @@ def test_measurements_are_done_once_and_judged_by_seed(tmp_path: Path, monkeypat
     assert calls == [["grpo-1", "random-0"], ["h2o-0"]]
     assert [(row.policy, row.seed) for row in both.rows("test")] == [("grpo", 1), ("h2o", 0), ("random", 0)]
     assert {row.policy for row in Plan(tmp_path, Size(seeds=(0,))).rows("test")} == {"h2o", "random"}
+
+
+def test_a_measurement_that_was_killed_loses_no_finished_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], list[int]]] = []
+    alive = [True]
+
+    def evaluated(policies: dict[str, object], _: object, ids: list[int], **options: object) -> Iterator[list[Row]]:
+        asked.append((list(policies), list(ids)))
+        for trace in ids:
+            for budget in BUDGETS:
+                for label in policies:
+                    if trace == 2 and label == "h2o-0" and alive[0]:
+                        raise KeyboardInterrupt
+                    yield [replace(ROW, policy=label, trace=trace, budget=budget, answer_loss=trace + budget / 100)]
+
+    monkeypatch.setattr(study, "evaluate_policies", evaluated)
+    args = evaluate.Args(traces=("recall",), num_traces=4, budgets=BUDGETS)
+    group = [Contestant("random", "random"), Contestant("h2o", "h2o")]
+    paths = [tmp_path / "rows" / f"test-{one.name}-0.json" for one in group]
+    for alive[0] in (True, False):
+        with pytest.raises(KeyboardInterrupt) if alive[0] else nullcontext():
+            study.measure(args, group, paths, tmp_path / "done")
+        assert (tmp_path / "done").exists() != alive[0]
+        # A line that was torn, when the machine went down with it.
+        if alive[0]:
+            with paths[1].with_suffix(".jsonl").open("a") as file:
+                file.write('[{"policy": "h2')
+    assert asked == [(["random-0", "h2o-0"], [0, 1, 2, 3]), (["random-0", "h2o-0"], [2, 3])]
+    for path, name in zip(paths, ("random", "h2o"), strict=True):
+        cells = [(row.policy, row.trace, row.budget, row.answer_loss) for row in read_rows(path)]
+        assert sorted(cells) == [(name, i, budget, i + budget / 100) for i in range(4) for budget in BUDGETS]
+    assert sorted(path.name for path in (tmp_path / "rows").iterdir()) == ["test-h2o-0.json", "test-random-0.json"]
 
 
 def test_a_directory_goes_on_with_more_seeds_but_no_other_numbers(

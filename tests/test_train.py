@@ -265,6 +265,21 @@ def test_impossible_numbers_are_refused(tmp_path: Path, option: str, value: str)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [("learner", "updates", "11"), ("learner", "updates", None), ("learner", "budgets", 32), ("env", "traces", 7),
+     ("run", "out", ["x"]), ("run", "save_every", True)],
+)  # fmt: skip
+def test_arguments_of_other_types_are_refused_by_name(
+    where: str, name: str, value: object, tmp_path: Path, straight: Path
+) -> None:
+    config = read_config(straight)
+    config["arguments"][where][name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"config\.json has {name} .*, where a value like"):
+        train.main(["--resume", str(tmp_path)])
+
+
 def test_presets_are_defaults_that_options_override() -> None:
     args = train.parse(["imitation", "--preset", "foresightkv", "--hidden", "8"])
     assert (args.learner.loss, args.learner.margin, args.learner.hidden) == ("pairwise", 0.01, 8)

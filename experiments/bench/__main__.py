@@ -22,7 +22,7 @@ from experiments.cli import run
 from experiments.progress import track
 from experiments.runs import commit
 from experiments.tables import wide_console
-from kvenv.files import write_atomic
+from kvenv.files import check_writable, read_json, write_atomic
 
 
 @dataclass
@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for section in args.sections:
         if section not in SECTIONS:
             raise ValueError(f"unknown section {section!r}: known are {', '.join(SECTIONS)}")
+    check_writable(args.out)
     console = wide_console()
     path = args.out / "bench.json"
-    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sections": {}}
+    there = read_json(path, "a bench.json") if path.exists() else {"sections": {}}
     on_gpu = args.device.startswith("cuda")
     for section in args.sections or [name for name in SECTIONS if on_gpu or name not in GPU_ONLY]:
         rows: list[Row] = []

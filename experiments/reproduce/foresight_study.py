@@ -24,7 +24,7 @@ from experiments.reproduce.study import FAMILIES, Contestant, Study, train_job
 from experiments.runs import POLICY, to_json
 from kvenv.decode import full_cache_losses
 from kvenv.features import register_features
-from kvenv.files import write_atomic
+from kvenv.files import read_json, write_atomic
 from kvenv.models import load_model
 from kvenv.rewards import SPIKE, WindowLosses, low_entropy, register_reward
 from kvenv.state import LayerState
@@ -168,7 +168,7 @@ class ForesightStudy(Study[Size]):
 
     def full(self) -> dict[str, list[list[float]]]:
         """Return the full cache's mean losses of low- and high-entropy targets, by family, trace by trace."""
-        return dict(json.loads((self.out / "full.json").read_text(encoding="utf-8")))
+        return dict(read_json(self.out / "full.json", "the full cache's losses"))
 
     def _contestant(self, name: str) -> Contestant:
         return Contestant(name, partial(load_here, str(self.run(name) / POLICY)), after=(name,))

@@ -18,7 +18,7 @@ from experiments.progress import track
 from experiments.reproduce.rank_costs import rank_costs
 from experiments.reproduce.study import FAMILIES, Contestant, Study, record_store, train_job
 from experiments.runs import to_json
-from kvenv.files import write_atomic
+from kvenv.files import read_json, write_atomic
 from kvenv.models import load_model
 from kvenv.traces import load_traces
 
@@ -112,7 +112,7 @@ class KVPStudy(Study[Size]):
 
     def costs(self) -> dict[str, np.ndarray]:
         """Return what rankings cost, by policy: arrays (traces, layers, heads, 2 + budgets), see ``rank_costs``."""
-        found = json.loads((self.out / "costs.json").read_text(encoding="utf-8"))
+        found = read_json(self.out / "costs.json", "what rankings cost")
         return {name: np.array(values) for name, values in found.items()}
 
     def _recording(self, name: str, traces: str) -> Job:

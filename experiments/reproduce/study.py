@@ -18,7 +18,7 @@ from experiments.runs import CONFIG, POLICY, changed, read_config
 from experiments.train import train_whole
 from kvenv.evaluation import Row
 from kvenv.evaluation import evaluate as evaluate_policies
-from kvenv.files import append_line, read_lines, write_atomic
+from kvenv.files import append_line, read_json, read_lines, write_atomic
 from kvenv.layerwise import Policy
 from kvenv.lock import hold
 from kvenv.models import load_model
@@ -91,7 +91,7 @@ class Study(ABC, Generic[S]):
         path, terms = self.out / "size.json", self.terms()
         if not path.exists() and (self.out / "done").exists():
             raise ValueError(f"{self.out} holds results of unknown size: choose another --out")
-        begun = json.loads(path.read_text()) if path.exists() else terms
+        begun = read_json(path, "the size of a study") if path.exists() else terms
         for name, (was, now) in changed(begun, terms).items():
             if name != "seeds":
                 raise ValueError(f"{name} {now} is not what {self.out} was begun with, {was}: choose another --out")
