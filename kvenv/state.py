@@ -111,7 +111,7 @@ def check_needs(needs: object) -> frozenset[str]:
     ValueError
         If it is no list or set, or holds what isn't one of :data:`NEEDS`.
     """
-    if isinstance(needs, str) or not isinstance(needs, (Sequence, Set)):
+    if isinstance(needs, (str, bytes)) or not isinstance(needs, (Sequence, Set)):
         raise ValueError(f"needs must be a list or set of names, not {needs!r}")
     unknown = [need for need in needs if not isinstance(need, str) or need not in NEEDS]
     if unknown:

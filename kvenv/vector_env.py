@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvenv import rewards
 from kvenv.actions import priorities
-from kvenv.checks import check_choice, check_integer, check_options
+from kvenv.checks import check_choice, check_flag, check_integer, check_options
 from kvenv.determinism import set_deterministic
 from kvenv.dynamics import Dynamics
 from kvenv.features import feature_set
@@ -114,6 +114,12 @@ class KVEvictVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         check_choice("output", output, OUTPUTS)
         check_choice("render_mode", render_mode, (None, *RENDER_MODES))
         self.autoreset_mode: str = _mode_name(autoreset_mode)
+        for name, flag in (
+            ("protect_prompt", protect_prompt),
+            ("full_metrics", full_metrics),
+            ("cuda_graph", cuda_graph),
+        ):
+            check_flag(name, flag)
         check_integer("num_envs", num_envs, 1)
         if max_episode_steps is not None:
             check_integer("max_episode_steps", max_episode_steps, 1)

@@ -39,6 +39,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model": "x" * 5000}, r"unknown model 'xxx"),
     ({"reward": []}, r"unknown reward \[\]: known are lm_loss"),
     ({"features": {}}, r"unknown features \{\}: known are kv"),
+    ({"full_metrics": np.array([])}, r"full_metrics must be True or False, not array"),
+    ({"protect_prompt": "no"}, r"protect_prompt must be True or False, not 'no'"),
     ({"schedule": []}, r"unknown schedule \[\]: known are periodic, prefill"),
     ({"split": np.array([1, 2])}, r"unknown split array\(\[1, 2\]\): known are train"),
     ({"model": "tiny", "dtype": []}, r"dtype \[\] is unknown"),
@@ -289,7 +291,7 @@ def test_rendering_what_has_not_begun() -> None:
             single(render_mode=mode).render()
 
 
-@pytest.mark.parametrize("needs", ["stats", 3, None, torch.tensor(1), [[]]])
+@pytest.mark.parametrize("needs", ["stats", b"", 3, None, torch.tensor(1), [[]]])
 def test_needs_that_are_none(needs: Any) -> None:
     env = single()
     env.reset(seed=0)

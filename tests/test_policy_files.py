@@ -273,5 +273,5 @@ def test_an_unknown_type_is_named_with_its_file(tmp_path: Path) -> None:
     learned("kvp").save_pretrained(tmp_path)
     path = tmp_path / "policy.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"type": "oracle"}))
-    with pytest.raises(ValueError, match=r"policy\.json is of the unknown policy type 'oracle': known are scorer, kvp"):
+    with pytest.raises(ValueError, match=r"policy\.json: unknown policy type 'oracle': known are scorer, kvp"):
         agents.make(tmp_path)

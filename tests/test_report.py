@@ -57,3 +57,12 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="has measured nothing yet"):
         load([run])
+
+
+def test_a_configuration_without_its_number_of_updates_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "one")
+    for arguments in ({}, {"learner": 3}, {"learner": {"updates": None}}):
+        config = {"learner": "grpo", "arguments": arguments, "commit": None}
+        (tmp_path / "one/config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"config\.json doesn't say how many updates were planned"):
+            load([tmp_path / "one"])

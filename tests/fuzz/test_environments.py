@@ -31,18 +31,21 @@ REFUSALS = (ValueError, ResetNeeded)
 
 
 def same(one: Any, other: Any) -> bool:
-    """Return whether two results of environments are equal, NaN being NaN."""
+    """Return whether two results of environments are equal, NaN being NaN, but for how sums are rounded."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
     if isinstance(one, (tuple, list)):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one.nan_to_num(7e7), other.nan_to_num(7e7))
+        return same(one.numpy(), other.numpy())
     if isinstance(one, np.ndarray) and one.dtype == object:
         return same(one.tolist(), other.tolist())
     if isinstance(one, np.ndarray):
-        return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
-    return type(one) is type(other) and (one == other or one != one)
+        near = 1e-9 if one.dtype == np.float64 else 1e-5
+        return one.dtype == other.dtype and np.allclose(one, other, rtol=near, atol=near, equal_nan=True)
+    if isinstance(one, float):
+        return same(np.asarray(one), np.asarray(other))
+    return type(one) is type(other) and one == other
 
 
 def by_row(value: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
