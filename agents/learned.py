@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -209,25 +210,25 @@ class LearnedPolicy(  # type: ignore[misc]  # Policy.from_pretrained stands in f
             If one is missing.
         """
         description, weights = read_description(directory), directory / WEIGHTS
+        with _naming(directory / DESCRIPTION, cls.type):
+            known = _known(description)
+            with torch.device("meta"):  # which has no memory that a foreign file's shape could fill
+                promised = _shapes(cls.network(description).state_dict())
         try:
             tensors = load(weights.read_bytes())
         except SafetensorError as error:
-            raise ValueError(f"{weights} is not a policy's weights: {error}") from error
-        try:
-            with torch.device("meta"):  # which has no memory that a foreign file's shape could fill
-                promised = _shapes(cls.network(description).state_dict())
-            if promised != (held := _shapes(tensors)):
-                raise ValueError(f"{WEIGHTS} doesn't hold this scorer's weights: {_difference(promised, held)}")
-            policy = cls.build(description, **_known(description))
-        except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{directory / DESCRIPTION} is not a {cls.type} policy's description: {error}") from error
+            raise ValueError(f"{weights} doesn't hold this scorer's weights: {error}") from error
+        if promised != (held := _shapes(tensors)):
+            raise ValueError(f"{weights} doesn't hold this scorer's weights: {_difference(promised, held)}")
+        with _naming(directory / DESCRIPTION, cls.type):
+            policy = cls.build(description, **known)
         policy.scorer.load_state_dict(tensors)
         # Policies of before fingerprints have none.
         found = weights_digest(policy.scorer.state_dict().items())
-        if (promised := description.get("fingerprint", found)) != found:
+        if (written := description.get("fingerprint", found)) != found:
             raise ValueError(
                 f"{weights} is damaged or of another policy: fingerprint {found[:12]}..., where {DESCRIPTION} promises "
-                f"{str(promised)[:12]}...: save it again, or go on with its run (--resume), which writes it anew"
+                f"{str(written)[:12]}...: save it again, or go on with its run (--resume), which writes it anew"
             )
         policy.scorer.to(device).eval()
         return policy
@@ -239,6 +240,15 @@ class _WholeCard(ModelCard):
     def save(self, filepath: Path | str) -> None:
         """Write it."""
         write_atomic(filepath, str(self))
+
+
+@contextmanager
+def _naming(path: Path, kind: str) -> Iterator[None]:
+    """Turn what a malformed description raises into an error that names its file."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a {kind} policy's description: {error}") from error
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
