@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-ASIDE = ".partial"
-"""What ends the name of a file that is not yet whole."""
+ASIDE = ".kvenv-partial"
+"""What ends the name of a file that is not yet whole: nobody else's, for what is left of such is removed."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """What a write meets on a disk that is full, broken or read-only."""
@@ -94,11 +94,11 @@ def append_line(path: Path, record: Any) -> None:
     Raises
     ------
     OSError
-        If it can't be written, with the file's name.
+        If it can't be written, or is a link to somewhere else, with the file's name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
-    with naming(path), path.open("a+b", buffering=0) as file:
+    with naming(path), open(path, "a+b", buffering=0, opener=_open_no_link) as file:
         if _is_torn(file):
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
@@ -195,6 +195,11 @@ def _parse(data: bytes, place: str, what: str) -> Any:
         return json.loads(data.decode())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of too many digits, too deep
         raise ValueError(f"{place} is not {what}: {error}") from error
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """Open a file, but not what a link in its place points to, which is somebody else's."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # Windows has no such flag
 
 
 def _is_torn(file: IO[bytes]) -> bool:

@@ -26,6 +26,7 @@ TINY = Path(__file__).parent / "tiny"
 """Directory of the bundled LLM."""
 
 _SHARD = re.compile(r"\w[\w.-]*\.safetensors")
+_INDEX = re.compile(r"\w[\w.-]*\.safetensors\.index\.json")
 
 KEPT = 8
 """Loaded models that a process keeps, those asked for last."""
@@ -173,9 +174,10 @@ def _load(name: str, dtype: str, device: str, revision: str | None, trust_remote
     """Load from disk or hub; the process-level cache."""
     source = _resolve(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    refuse_unsupported(name, _read(AutoConfig, name, source, **options))
+    config = _read(AutoConfig, name, source, **options)
+    refuse_unsupported(name, config)
     tokenizer = _read(AutoTokenizer, name, source, **options)
-    _refuse_foreign_shards(name, source, revision)
+    _refuse_foreign_weights(name, source, revision, getattr(config, "transformers_weights", None))
     # Safetensors only: other weights are pickles. SDPA: a configuration may name a kernel, compiled code from the hub.
     options |= {"dtype": DTYPES[dtype], "use_safetensors": True, "attn_implementation": "sdpa"}
     options |= {"output_loading_info": True}
@@ -187,22 +189,32 @@ def _load(name: str, dtype: str, device: str, revision: str | None, trust_remote
     return _prepare(name, model.to(device), tokenizer)
 
 
-def _refuse_foreign_shards(name: str, source: str, revision: str | None) -> None:
-    """Refuse an index that names pickles, which transformers would open all the same, or files elsewhere."""
-    try:
-        index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
-    except OSError:  # the weights are in one file
-        return
-    try:
-        named = set(json.loads(Path(str(index)).read_text(encoding="utf-8"))["weight_map"].values())
-        foreign = sorted(str(file) for file in named if not _SHARD.fullmatch(str(file)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"model {name!r} can't be loaded: {SAFE_WEIGHTS_INDEX_NAME} is damaged: {error}") from error
-    if foreign:
+def _refuse_foreign_weights(name: str, source: str, revision: str | None, given: object) -> None:
+    """Refuse pickles and files elsewhere, which transformers would open where an index or a configuration names them.
+
+    ``given`` is what the configuration calls the weights, or their index; None if they have their usual name.
+    """
+    index = SAFE_WEIGHTS_INDEX_NAME if given is None else str(given)
+    if _INDEX.fullmatch(index):
+        teller, named = index, _shards(name, source, revision, index)
+    else:
+        teller, named = "config.json", {index}
+    if foreign := sorted(file for file in named if not _SHARD.fullmatch(file)):
         raise ValueError(
-            f"model {name!r} can't be loaded: {SAFE_WEIGHTS_INDEX_NAME} names {foreign[0]!r}, and only safetensors "
-            "beside it are read"
+            f"model {name!r} can't be loaded: {teller} names {foreign[0]!r}, and only safetensors beside it are read"
         )
+
+
+def _shards(name: str, source: str, revision: str | None, index: str) -> set[str]:
+    """Return the files that an index of weights names, none where there is no index."""
+    try:
+        path = cached_file(source, index, revision=revision)
+    except OSError:  # the weights are in one file
+        return set()
+    try:
+        return {str(file) for file in json.loads(Path(str(path)).read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"model {name!r} can't be loaded: {index} is damaged: {error}") from error
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import errno
 import fcntl
 import os
 import platform
+import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from experiments import cli
 from kvenv.files import ASIDE
 from kvenv.lock import LOCK, hold
-from tests.faults import fails
+from tests.faults import fails, small_disk
 from tests.killing import Counter
 from tests.test_disks import EVALUATE, RECORD, TRAIN
 from tests.test_report import make
@@ -47,11 +49,27 @@ def test_it_leaves_no_directory_that_it_made_for_nothing(tmp_path: Path) -> None
     assert (tmp_path / "empty").is_dir()
 
 
+def test_a_directory_that_was_deleted_meanwhile_is_no_error_and_its_next_holder_keeps_it(tmp_path: Path) -> None:
+    for made_before in (False, True):
+        if made_before:
+            (tmp_path / "run").mkdir()
+        with hold(tmp_path / "run"):
+            shutil.rmtree(tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    with ExitStack() as second:
+        with hold(tmp_path / "run"):
+            shutil.rmtree(tmp_path / "run")
+            second.enter_context(hold(tmp_path / "run"))
+        with pytest.raises(ValueError, match="is being written"), hold(tmp_path / "run"):
+            pytest.fail("two hold it")
+
+
 def test_what_killed_writers_left_aside_goes(tmp_path: Path) -> None:
-    for name in (f".index.json.abc{ASIDE}", ".hidden", f"mine{ASIDE}"):
+    for name in (f".index.json.abc{ASIDE}", ".hidden", f"mine{ASIDE}", ".download.partial"):
         (tmp_path / name).write_text("")
     with hold(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", LOCK, f"mine{ASIDE}"]
+        left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".download.partial", ".hidden", LOCK, f"mine{ASIDE}"]
 
 
 def test_a_lock_that_was_given_back_between_opening_and_locking_is_not_taken(
@@ -83,6 +101,21 @@ def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path: Path, monkeypat
         hold(tmp_path),
     ):
         pass
+
+
+def test_without_locks_as_on_windows_directories_are_made_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvenv.lock.fcntl", None)
+    with hold(tmp_path / "out"):
+        assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_lock_that_finds_no_room_is_named() -> None:
+    with small_disk(64) as disk:
+        (disk / "ballast").write_bytes(bytes(64 * 1024))
+        with pytest.raises(OSError, match=rf"No space left on device: '{disk / LOCK}'"), hold(disk):
+            pytest.fail("there was room")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import pickle
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from agents import hub
 from agents.checkpoint import load_checkpoint
 from experiments import record, train
 from experiments.tables import _file_name
-from kvenv.files import write_atomic
+from kvenv.files import append_line, write_atomic
+from kvenv.lock import LOCK, hold
 from kvenv.models import TINY
 from kvenv.registry import HUB_ID
 from kvenv.store import INDEX, TraceStore
@@ -117,6 +120,29 @@ def test_an_index_names_safetensors_beside_it_only(model: Path, file: Any, tmp_p
         kvenv.load_model(str(model))
     index["weight_map"] = dict.fromkeys(weights, "other.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert kvenv.load_model(str(model)).model.num_parameters() > 0
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "../elsewhere.safetensors"])
+def test_a_configuration_names_no_other_index(model: Path, file: str, tmp_path: Path) -> None:
+    weights, config = load_file(model / "model.safetensors"), json.loads((model / "config.json").read_text())
+    shutil.copy(model / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    torch.save(weights, model / "pytorch_model.bin")
+    (model / "config.json").write_text(json.dumps(config | {"transformers_weights": "my.safetensors.index.json"}))
+    (model / "my.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(weights, file)}))
+    with pytest.raises(ValueError, match=rf"my\.safetensors\.index\.json names '{file}', and only safetensors"):
+        kvenv.load_model(str(model))
+
+
+@pytest.mark.parametrize("file", ["adapter_model.bin", "../model/model.safetensors", 7])
+def test_a_configuration_names_safetensors_beside_it_only(model: Path, file: Any) -> None:
+    torch.save(load_file(model / "model.safetensors"), model / "adapter_model.bin")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"transformers_weights": file}))
+    with pytest.raises(ValueError, match=rf"config\.json names '{file}', and only safetensors beside it are read"):
+        kvenv.load_model(str(model))
+    (model / "model.safetensors").rename(model / "mine.safetensors")
+    (model / "config.json").write_text(json.dumps(config | {"transformers_weights": "mine.safetensors"}))
     assert kvenv.load_model(str(model)).model.num_parameters() > 0
 
 
@@ -242,3 +268,15 @@ def test_a_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:
     write_atomic(tmp_path / "out" / "results.json", "{}")
     assert target.read_text() == "precious"
     assert (tmp_path / "out" / "results.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("write", [lambda link: append_line(link, {}), lambda link: hold(link.parent).__enter__()])
+def test_where_lines_or_locks_are_written_a_link_is_refused(write: Callable[[Path], None], tmp_path: Path) -> None:
+    target, link = tmp_path / "precious", tmp_path / "out" / LOCK
+    target.write_text("precious, and without a newline")
+    link.parent.mkdir()
+    link.symlink_to(target)
+    with pytest.raises(OSError, match=re.escape(str(link))):
+        write(link)
+    assert target.read_text() == "precious, and without a newline"
+    assert link.is_symlink()
