@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -16,11 +17,16 @@ from typing import Any
 
 import torch
 
+from kvenv.memory import LOWER
+
 TRIES = 3
 """Workers that may die of a call before it is given up."""
 
 PATIENCE = 120.0
-"""Seconds in which a new worker must be up; it imports PyTorch, loads the LLM and waits for its place on a node."""
+"""Seconds in which a new worker must have its place on a node; what it loads there may take longer."""
+
+REACHABLE = 10.0
+"""Seconds in which the cluster's port must answer; Ray itself asks for minutes."""
 
 AHEAD = 2
 """Calls per worker that wait, so that none is idle and what is done out of turn stays little."""
@@ -70,18 +76,29 @@ class CrewArgs:
         if not ray.is_initialized():
             alone: dict[str, Any] = {"include_dashboard": False} if self.ray == "local" else {}
             try:
+                self._reach()
                 ray.init(address=self.ray, logging_level=logging.WARNING, **alone)
-            except (ConnectionError, ValueError) as error:
+            except (OSError, OverflowError, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"--ray {self.ray}: no cluster answers there ({reason})") from error
+            except RuntimeError as error:  # of another version of Ray or Python
+                raise ValueError(f"--ray {self.ray}: {' '.join(str(error).split())}") from error
         return ray
+
+    def _reach(self) -> None:
+        """Raise an OSError if nobody listens at host:port."""
+        host, colon, port = (self.ray or "").rpartition(":")
+        if colon and port.isdecimal() and "/" not in host:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=REACHABLE).close()
 
 
 class Host:
     """The actor: makes a worker when it is told to, and hands calls on to it."""
 
-    def start(self, make: Callable[..., Any], arguments: Sequence[Any], threads: int) -> None:
-        """Make the worker."""
+    def start(self, make: Callable[..., Any], arguments: Sequence[Any], threads: int, directory: str) -> None:
+        """Make the worker, in the command's working directory if the node has it: names of files may be relative."""
+        if os.path.isdir(directory):
+            os.chdir(directory)
         torch.set_num_threads(threads)
         self._worker = make(*arguments)
 
@@ -110,6 +127,8 @@ class Crew:
         If Ray isn't installed.
     ValueError
         If no cluster answers, or it has no room for the workers.
+    ChildProcessError
+        If workers die of their start again and again.
     """
 
     def __init__(self, args: CrewArgs, make: Callable[..., Any], arguments: Sequence[Any], device: str = "cpu") -> None:
@@ -117,18 +136,17 @@ class Crew:
         resources = {"num_cpus": args.worker_cpus, "num_gpus": args.gpus(device)}
         self._host = self._ray.remote(Host).options(**resources, max_restarts=0)
         self._threads, self._make, self._arguments = args.worker_cpus, make, self._ray.put(tuple(arguments))
+        self._late: dict[Any, Any] = {}
         hired = [self._hire() for _ in range(args.workers)]
-        up, _ = self._ray.wait([started for _, started in hired], num_returns=len(hired), timeout=PATIENCE)
-        if len(up) < len(hired):
+        self._workers = [worker for each in hired if (worker := self._up(*each))]
+        if len(self) < len(hired):
+            self.close()
             room = self._ray.cluster_resources()
             raise ValueError(
                 f"--workers {args.workers} of {resources['num_cpus']} CPUs and {resources['num_gpus']:g} GPUs: within "
-                f"{PATIENCE:.0f} s {len(up)} were up; the cluster has {room.get('CPU', 0):g} CPUs and "
+                f"{PATIENCE:.0f} s {len(self)} were up; the cluster has {room.get('CPU', 0):g} CPUs and "
                 f"{room.get('GPU', 0):g} GPUs in all"
             )
-        for _, started in hired:
-            self._get(started)
-        self._workers = [worker for worker, _ in hired]
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -149,9 +167,10 @@ class Crew:
         ------
         Exception
             What the method raised.
-        RuntimeError
+        ChildProcessError
             If workers die of the same call again and again, or none is left.
         """
+        self._welcome(0.0)
         sent, waiting, done = self._ray.put(shared), dict[Any, tuple[int, Any]](), dict[int, Any]()
         deaths = [0] * len(items)
         following = 0
@@ -173,19 +192,51 @@ class Crew:
                     deaths[number] += 1
                     self._replace(worker, error)
                     if deaths[number] == TRIES:
-                        raise RuntimeError(f"{TRIES} workers died of {method} {items[number]}: {error}") from error
+                        raise ChildProcessError(_given_up(f"{method} {items[number]}")) from error
                     send(number)
             yield done.pop(due)
 
     def close(self) -> None:
         """Dismiss the workers; a cluster that was started for them ends with this process."""
-        for worker in self._workers:
+        for worker in (*self._workers, *self._late.values()):
             self._ray.kill(worker)
 
-    def _hire(self) -> tuple[Any, Any]:
-        """Return a new worker, and what says that it is up."""
+    @property
+    def _patience(self) -> float:
+        """Seconds to wait for a place; none while another waits: a node of eight workers may have gone."""
+        return 0.0 if self._late else PATIENCE
+
+    def _hire(self) -> tuple[Any, Any, Any]:
+        """Return a new worker, what says that it has its place, and what says that it is up."""
         worker = self._host.remote()
-        return worker, worker.start.remote(self._make, self._arguments, self._threads)
+        placed = worker.__ray_ready__.remote()
+        return worker, placed, worker.start.remote(self._make, self._arguments, self._threads, os.getcwd())
+
+    def _up(self, worker: Any, placed: Any, started: Any) -> Any:
+        """Return a new worker once it is up, or another if it dies of that; None if the cluster has no place for it."""
+        for _ in range(TRIES):
+            if not self._ray.wait([placed], timeout=self._patience)[0]:
+                self._late[started] = worker
+                return None
+            try:
+                self._get(started)
+            except self._ray.exceptions.RayError:
+                worker, placed, started = self._hire()
+            else:
+                return worker
+        self._ray.kill(worker)
+        raise ChildProcessError(_given_up("their start"))
+
+    def _welcome(self, patience: float) -> None:
+        """Take in a worker that found no place when it was hired, if one is up by now."""
+        for started in self._ray.wait(list(self._late), timeout=patience)[0] if self._late else ():
+            worker = self._late.pop(started)
+            try:
+                self._get(started)
+            except self._ray.exceptions.RayError:
+                return  # it has died, too
+            self._workers.append(worker)
+            warnings.warn(f"another worker came up, {len(self)} go on", stacklevel=3)
 
     def _get(self, reference: Any) -> Any:
         """Return a call's result, or raise what the worker itself raised."""
@@ -201,21 +252,24 @@ class Crew:
         reason = str(error).strip().splitlines()[0]
         self._ray.kill(worker)
         number = self._workers.index(worker)
-        new, started = self._hire()
-        up, _ = self._ray.wait([started], timeout=PATIENCE)
-        if up:
+        patience, new = self._patience, self._up(*self._hire())
+        if new:
             warnings.warn(f"worker {number} died and was replaced: {reason}", stacklevel=3)
-            self._get(started)
             self._workers[number] = new
             return
-        self._ray.kill(new)
         del self._workers[number]
         if not self._workers:
-            raise RuntimeError(f"the last worker died, and no other came up within {PATIENCE:.0f} s: {reason}")
+            self._welcome(PATIENCE)
+        if not self._workers:
+            raise ChildProcessError(f"the last worker died, and no other came up within {PATIENCE:.0f} s: {reason}")
         warnings.warn(
-            f"worker {number} died, no other came up within {PATIENCE:.0f} s, {len(self._workers)} go on: {reason}",
-            stacklevel=3,
+            f"worker {number} died, no other came up within {patience:.0f} s, {len(self)} go on: {reason}", stacklevel=3
         )
+
+
+def _given_up(what: str) -> str:
+    """Return what is told of workers that die again and again, which they can't tell themselves."""
+    return f"{TRIES} workers died of {what}, killed or crashed, most often for want of memory: {LOWER}"
 
 
 @contextmanager

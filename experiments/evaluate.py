@@ -23,7 +23,7 @@ from experiments.tables import report, wide_console
 from kvenv.answering import Answer, Decoding, answer, answerable
 from kvenv.determinism import set_deterministic
 from kvenv.evaluation import FULL, Row, evaluate
-from kvenv.identity import fingerprint
+from kvenv.identity import check_fingerprint, fingerprint
 from kvenv.layerwise import Policy
 from kvenv.models import LoadedModel, load_model
 from kvenv.registry import HUB_ID
@@ -147,13 +147,22 @@ class Evaluator:
     """What is measured: an LLM, policies and tasks.
 
     All is loaded and looked into before the first is measured: what is wrong with the last is said at once.
+
+    Parameters
+    ----------
+    args : Args
+        The command's.
+    expected : str, optional
+        Fingerprint of the command's LLM, where it is measured on another node.
     """
 
-    def __init__(self, args: Args) -> None:
+    def __init__(self, args: Args, expected: str | None = None) -> None:
         self.args = args
         if args.deterministic:
             set_deterministic()
         self.loaded = load_model(args.model, dtype=args.dtype, device=args.device)
+        if expected is not None:
+            check_fingerprint(self.loaded.model, expected)
         self.loaded.check_length(args.trace_length)
         self.policies = make_policies(args.policies, args.device)
         names = args.traces or (() if args.tasks else ("recall",))
@@ -203,7 +212,7 @@ def measure(args: Args) -> list[Row]:
     evaluator = Evaluator(args)
     with (
         writing(args.out, _terms(args, evaluator.loaded)) as results,
-        hired(args.crew, Evaluator, (args,), args.device) as crew,
+        hired(args.crew, Evaluator, (args, fingerprint(evaluator.loaded.model)), args.device) as crew,
     ):
         for number in range(len(evaluator.tasks)):
             _measure_task(evaluator, number, results, crew)

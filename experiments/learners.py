@@ -13,6 +13,7 @@ from agents.learner import Learner, SharedLearner
 from experiments.crew import CrewArgs
 from experiments.progress import track
 from experiments.validation import Validation
+from kvenv.files import digest
 from kvenv.models import load_model
 from kvenv.state import Protection
 from kvenv.store import INDEX, TraceStore
@@ -131,6 +132,11 @@ class LearnerArgs:
         """Return the local files that updates learn from, by what they hold; a policy to start from is read once."""
         traces = Path(self.env.traces)
         return {"traces": traces} if traces.is_file() else {}
+
+    def made_from(self, learner: Learner) -> dict[str, str]:
+        """Return the digests of the LLM and the local data that the learner depends on."""
+        policy: Any = learner.policy
+        return {"model": policy.model.fingerprint} | {name: digest(path) for name, path in self.files().items()}
 
     def budgets(self) -> tuple[int, ...]:
         """Return the budgets that it is trained for."""

@@ -14,6 +14,7 @@ from experiments.crew import CrewArgs, hired
 from experiments.progress import track
 from experiments.results import named
 from kvenv.golden import Reduce
+from kvenv.identity import check_fingerprint
 from kvenv.lock import hold
 from kvenv.models import load_model
 from kvenv.recording import Recording, record
@@ -71,7 +72,8 @@ class Recorder:
             raise ValueError(f"traces {args.traces!r} are {self.source.size}: first_trace + num_traces asks for {last}")
 
     def shard(self, recording: Recording, ids: range) -> tuple[bytes, list[str]]:
-        """Return the shard of some traces, and their names."""
+        """Return the shard of some traces, and their names; on another node the LLM may be another."""
+        check_fingerprint(self.loaded.model, recording.fingerprint)
         traces = [self.source[i] for i in ids]
         recorded = record(self.loaded.model, traces, recording.interval, self.args.utility)
         return recording.encode(recorded), [trace.name for trace in traces]

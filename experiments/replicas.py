@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from agents.learner import Share, SharedLearner, State
 from experiments.crew import Crew
 from experiments.learners import SharedArgs
+from experiments.runs import changed
 from experiments.validation import Validation
 from kvenv.determinism import set_deterministic
 from kvenv.evaluation import Row
@@ -46,12 +48,24 @@ class Replica:
         What the learner was built from.
     state : State
         Where it was when the replica was made.
+    made_from : mapping
+        Digests of the LLM and the data that it learns from.
+
+    Raises
+    ------
+    ValueError
+        If those that the worker's node has are others.
     """
 
-    def __init__(self, args: SharedArgs, state: State) -> None:
+    def __init__(self, args: SharedArgs, state: State, made_from: Mapping[str, str]) -> None:
         if args.env.deterministic:
             set_deterministic()
         self.learner = args.build()
+        for name, (there, here) in changed(made_from, args.made_from(self.learner)).items():
+            raise ValueError(
+                f"the {name} on {platform.node()} has digest {str(here)[:12]}..., the command's {str(there)[:12]}...: "
+                "put the same on every node"
+            )
         self.learner.restore(state)
         self.validation = args.validation() if args.run.eval_every else None
         self._begun: set[tuple[int, int]] = set()
@@ -88,7 +102,7 @@ class Replicas:
 
     def __init__(self, args: SharedArgs, learner: SharedLearner) -> None:
         self.learner = learner
-        self.crew = Crew(args.crew, Replica, (args, learner.state()), args.env.device)
+        self.crew = Crew(args.crew, Replica, (args, learner.state(), args.made_from(learner)), args.env.device)
 
     def update(self) -> dict[str, float]:
         """Make one update of the learner, and return its metrics."""

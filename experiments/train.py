@@ -35,7 +35,6 @@ from experiments.runs import (
 )
 from experiments.validation import Validation, means
 from kvenv.determinism import set_deterministic
-from kvenv.files import digest
 from kvenv.lock import hold
 
 CREW = tuple(field.name for field in fields(CrewArgs))
@@ -82,8 +81,9 @@ def train(args: LearnerArgs, part_of: Path | None = None) -> Path:
     ValueError
         If an argument is impossible, another process trains there, or a resumed run is given other arguments than more
         updates, another LLM or other data.
-    FloatingPointError, MemoryError
-        If a number is NaN or memory runs out; the message says what there is to go on from.
+    FloatingPointError, MemoryError, ChildProcessError
+        If a number is NaN, memory runs out or workers die again and again; the message says what there is to go on
+        from.
     SystemExit
         With the code of a signal that came (130 or 143), after a checkpoint.
     """
@@ -106,7 +106,7 @@ def _train(args: LearnerArgs, part_of: Path | None) -> Path:
     args.verify()
     # Both are made before the directory is: they find what is impossible.
     learner, validation = started.build(), args.validation() if args.run.eval_every else None
-    made_from = _made_from(args, learner)
+    made_from = args.made_from(learner)
     run = Run.create(args.run.out, args.name, args, made_from) if args.run.resume is None else Run(args.run.resume)
     if args.run.resume is not None:
         run.check_made_from(made_from)
@@ -188,8 +188,8 @@ def _telling_what_is_saved(run: Run, part_of: Path | None) -> Iterator[None]:
     """Let errors that end a training say what there is to go on from."""
     try:
         yield
-    except (FloatingPointError, MemoryError) as error:
-        kind = FloatingPointError if isinstance(error, FloatingPointError) else MemoryError
+    except (FloatingPointError, MemoryError, ChildProcessError) as error:
+        kind = next(kind for kind in (FloatingPointError, MemoryError, ChildProcessError) if isinstance(error, kind))
         saved, resume = checkpoints(run.directory / CHECKPOINTS), f"--resume {part_of or run.directory}"
         there = f"goes on from update {int(saved[-1].name)}" if saved else "begins anew, nothing was saved"
         raise kind(f"{error}; {resume} {there}") from error
@@ -214,12 +214,6 @@ def _check(args: LearnerArgs) -> None:
     ):
         if value < least:
             raise ValueError(f"--{name} {value} is impossible: it must be at least {least}")
-
-
-def _made_from(args: LearnerArgs, learner: Learner) -> dict[str, str]:
-    """Return the digests of the LLM and the local data that a training depends on."""
-    policy: Any = learner.policy
-    return {"model": policy.model.fingerprint} | {name: digest(path) for name, path in args.files().items()}
 
 
 def _refuse_changes(args: LearnerArgs) -> None:

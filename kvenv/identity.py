@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import platform
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -44,6 +45,21 @@ def fingerprint(model: PreTrainedModel) -> str:
     a cache depends on is in :func:`architecture`. It is computed once per model object, half a second per gigabyte.
     """
     return weights_digest(model.named_parameters(), model.config.model_type)
+
+
+def check_fingerprint(model: PreTrainedModel, expected: str) -> None:
+    """Refuse an LLM that isn't the one that another process works with.
+
+    Raises
+    ------
+    ValueError
+        Naming this machine, and both fingerprints.
+    """
+    if (here := fingerprint(model)) != expected:
+        raise ValueError(
+            f"the LLM on {platform.node()} has fingerprint {here[:12]}..., the command's {expected[:12]}...: put the "
+            "same one on every node"
+        )
 
 
 def weights_digest(tensors: Iterable[tuple[str, Tensor]], kind: str = "") -> str:

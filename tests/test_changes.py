@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from experiments import cli, train
+from experiments import cli, evaluate, record, train
+from experiments.replicas import Replica
 from experiments.runs import Run, read_config
 from kvenv import models
 from kvenv.identity import fingerprint
 from kvenv.models import load_model
+from kvenv.recording import Recording
 from tests.faults import fails
 from tests.local_model import make_model, make_traces
 from tests.test_train import SMALL, arguments
@@ -92,6 +95,36 @@ def test_a_run_goes_on_with_its_model_and_its_traces(
     change(model)
     assert re.search(f"{run} was begun with another model than .* digest {DIGESTS}", fails(capsys, [*resume, "5"]))
     assert read_config(run) == config, "what was refused left a trace"
+
+
+def test_a_node_with_another_model_or_other_traces_is_refused(model: Path, tmp_path: Path) -> None:
+    traces = make_traces(tmp_path / "traces.jsonl")
+    options = ["--model", str(model), "--traces", str(traces), "--trace-length", "256"]
+    args: Any = train.parse(
+        ["grpo", *options, "--group", "2", "--num-traces", "1", "--hidden", "4", "--eval-every", "0"]
+    )
+    learner = args.build()
+    state, known = learner.state(), args.made_from(learner)
+    Replica(args, state, known)
+    before = traces.read_bytes()
+    make_traces(traces, 7)
+    with pytest.raises(ValueError, match=r"^the traces on .* has digest \w{12}\.\.\., the command's \w{12}\.\.\.: put"):
+        Replica(args, state, known)
+    traces.write_bytes(before)
+    decoded = {"model": str(model), "num_traces": 1, "trace_length": 256, "traces": str(traces)}
+    recorder = record.Recorder(record.Args(**decoded))
+    recording = Recording.of(recorder.loaded, traces=str(traces), split="train", trace_length=256)
+    change(model)
+    with pytest.raises(ValueError, match=r"^the model on .* has digest"):
+        Replica(args, state, known)
+    with pytest.raises(
+        ValueError, match=r"^the LLM on .* has fingerprint \w{12}\.\.\., the command's \w{12}\.\.\.: put"
+    ):
+        record.Recorder(recorder.args).shard(recording, range(1))
+    decoded["traces"] = (str(traces),)
+    evaluate.Evaluator(evaluate.Args(**decoded))
+    with pytest.raises(ValueError, match=r"^the LLM on .* has fingerprint"):
+        evaluate.Evaluator(evaluate.Args(**decoded), known["model"])
 
 
 def test_runs_of_before_digests_go_on(tmp_path: Path) -> None:

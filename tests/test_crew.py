@@ -40,11 +40,25 @@ class Clerk:
             os.kill(os.getpid(), signal.SIGKILL)
         return 10 * item
 
+    def where(self, *_: object) -> str:
+        """Return where it works."""
+        return os.getcwd()
+
     def refuse(self, _: None, item: int) -> int:
         """Refuse item 2."""
         if item == 2:
             raise ValueError(f"item {item} is impossible")
         return item
+
+
+class Newcomer(Clerk):
+    """One that dies of its first starts, so many of them."""
+
+    def __init__(self, office: Path, deaths: int) -> None:
+        super().__init__(office)
+        if len(list(office.glob("start *"))) < deaths:
+            (office / f"start {os.getpid()}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,7 +100,7 @@ def test_who_dies_is_replaced_and_what_it_was_doing_done_again(crew: Crew) -> No
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:worker . died")
 def test_what_kills_every_worker_is_given_up(crew: Crew) -> None:
-    with pytest.raises(RuntimeError, match="3 workers died of die 3"):
+    with pytest.raises(ChildProcessError, match=r"^3 workers died of die 3, .*take fewer at once"):
         list(crew.map("die", False, range(8)))
 
 
@@ -102,6 +116,62 @@ def test_without_room_for_another_the_rest_goes_on(tmp_path: Path, monkeypatch: 
         assert len(made) == 1
 
 
+@pytest.mark.slow
+def test_who_dies_of_the_start_is_replaced_until_it_is_given_up(tmp_path: Path) -> None:
+    with hired(CrewArgs("local", workers=1), Newcomer, (tmp_path, 1), "cpu") as made:
+        assert made is not None
+        assert [item for _, item, _ in made.map("who", "", range(3))] == [0, 1, 2]
+    with pytest.raises(ChildProcessError, match=r"^3 workers died of their start, "):
+        Crew(CrewArgs("local", workers=1), Newcomer, (tmp_path, 99))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:worker 1 died, no other came up within 1 s")
+def test_who_found_no_place_joins_when_there_is_one(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It waits for a core, and gets the dead worker's before the new one.
+    guest = ray.remote(Host).options(num_cpus=1).remote()
+    seated = guest.__ray_ready__.remote()
+    monkeypatch.setattr(module, "PATIENCE", 1.0)
+    assert list(crew.map("die", True, range(8))) == [10 * item for item in range(8)]
+    assert len(crew) == 1
+    ray.get(seated)
+    ray.kill(guest)
+
+    def work_until_it_is_there() -> None:
+        deadline = time.monotonic() + 60
+        while len(crew) < 2 and time.monotonic() < deadline:
+            assert [item for _, item, _ in crew.map("who", "", range(2))] == [0, 1]
+
+    with pytest.warns(UserWarning, match="another worker came up, 2 go on"):
+        work_until_it_is_there()
+    assert len({pid for *_, pid in crew.map("who", "", range(2))}) == 2
+
+
+def test_workers_find_files_where_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with hired(CrewArgs("local", workers=1), Clerk, (tmp_path,), "cpu") as made:
+        assert made is not None
+        assert list(made.map("where", None, [0])) == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("port", ["1", "99999"])
+def test_where_nobody_listens_is_said_at_once(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray would ask for minutes"))
+    with pytest.raises(ValueError, match=rf"--ray 127\.0\.0\.1:{port}: no cluster answers there"):
+        CrewArgs(f"127.0.0.1:{port}").connect()
+
+
+def test_another_version_of_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1\n    Python: 3.9")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ValueError, match=r"^--ray auto: Version mismatch: .*Ray: 2\.1 Python: 3\.9"):
+        CrewArgs("auto").connect()
+
+
 def test_what_a_worker_raises_is_raised(crew: Crew) -> None:
     with pytest.raises(ValueError, match=r"^item 2 is impossible$") as raised:
         list(crew.map("refuse", None, range(4)))
@@ -111,9 +181,12 @@ def test_what_a_worker_raises_is_raised(crew: Crew) -> None:
 
 @pytest.mark.slow
 def test_what_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE", 2.0)
-    with pytest.raises(ValueError, match=r"--workers 3 of 1 CPUs and 0 GPUs: within 2 s . were up; the cluster has 2"):
-        Crew(CrewArgs("local", workers=3), Clerk, (tmp_path,))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "PATIENCE", 2.0)
+        with pytest.raises(
+            ValueError, match=r"--workers 3 of 1 CPUs and 0 GPUs: within 2 s . were up; the cluster has 2"
+        ):
+            Crew(CrewArgs("local", workers=3), Clerk, (tmp_path,))
     with pytest.raises(TypeError, match="Clerk"):
         Crew(LOCAL, Clerk, ())
 
