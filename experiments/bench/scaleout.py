@@ -26,7 +26,7 @@ from kvenv.recording import Recording
 
 REPEATS, TRACES, SHARD = 7, 8, 4
 BYTES = 64 << 20
-"""Of what is sent to and fro to find the rate."""
+"""Of what is sent there and back to find the rate."""
 
 
 def rows(device: str) -> Iterator[Row]:
