@@ -67,6 +67,8 @@ class CrewArgs:
         ):
             if value < least:
                 raise ValueError(f"--{name} {value} is impossible: it must be at least {least}")
+        if not self.ray:
+            raise ValueError(f"--ray {self.ray!r} is no address: give host:port, auto or local")
         # Nobody's training is reported to anybody; whoever wants to sets it to 1.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:

@@ -21,7 +21,7 @@ from agents.base import Policy
 from agents.episodes import CALIBRATED_ON, CALIBRATED_PAIRS
 from agents.scorer import Scorer
 from experiments.cli import run
-from experiments.learners import GRPO, Imitation, LearnerArgs
+from experiments.learners import GRPO, Imitation, LearnerArgs, SharedArgs
 from experiments.tables import wide_console
 from experiments.train import parse
 from kvenv.attention import use_kvenv_attention
@@ -260,7 +260,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     known, rest = own.parse_known_args(argv)
     if not known.tflops > 0:
         raise ValueError(f"--tflops {known.tflops} is impossible: it must be positive")
-    wide_console().print(make_table(plan(parse([known.learner, *rest])), known.tflops))
+    args = parse([known.learner, *rest])
+    if isinstance(args, SharedArgs) and args.crew.ray is not None:
+        args = args.divided()  # as the training would
+    wide_console().print(make_table(plan(args), known.tflops))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class Replicas:
 
     def __init__(self, args: SharedArgs, learner: SharedLearner) -> None:
         self.learner = learner
-        self.crew = Crew(args.crew, Replica, (args, learner.state(), args.made_from(learner)), args.env.device)
+        self.crew = Crew(args.crew, Replica, (args, _on_cpu(learner.state()), args.made_from(learner)), args.env.device)
 
     def update(self) -> dict[str, float]:
         """Make one update of the learner, and return its metrics."""
@@ -117,9 +117,14 @@ class Replicas:
 
     def measure(self, validation: Validation) -> list[Row]:
         """Return the rows of all validation traces."""
-        batches = self.crew.map("measure", self.learner.state(), range(validation.batches))
+        batches = self.crew.map("measure", _on_cpu(self.learner.state()), range(validation.batches))
         return [row for rows in batches for row in rows]
 
     def close(self) -> None:
         """Dismiss the replicas."""
         self.crew.close()
+
+
+def _on_cpu(state: State) -> State:
+    """Return a state that any node can read, whatever GPUs it has."""
+    return State({name: tensor.cpu() for name, tensor in state.tensors.items()}, state.values)

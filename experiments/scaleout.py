@@ -189,7 +189,8 @@ def saturation(update: Update) -> list[str]:
         f"1. **The number of parts.** An update has {update.parts}; from {update.parts} workers on, more have nothing "
         "to do. More traces an update (`--num-traces`) are more parts, and another algorithm: fewer, less noisy "
         "updates.",
-        f"2. **Parts that don't divide.** {update.parts} parts on 24 workers take as long as on 16.",
+        f"2. **Parts that don't divide.** {update.parts} parts on {update.parts - 1} workers take as long as on "
+        f"{math.ceil(update.parts / 2)}.",
         f"3. **What the learner does alone**: {serial:.3g} s an update with a worker for every part, "
         f"{serial / update.part:.1%} of a part's time, most of it {largest}. It grows with the parts, not with the "
         "workers: with a worker for every part it would be half of an update at "

@@ -98,7 +98,7 @@ def _train(args: LearnerArgs, part_of: Path | None) -> Path:
     """Train, see :func:`train`, in a directory in which nobody else writes."""
     if args.run.resume is not None:
         _refuse_changes(args)
-    elif isinstance(args, SharedArgs) and args.crew.ray:
+    elif isinstance(args, SharedArgs) and args.crew.ray is not None:
         args = args.divided()
     first = args.first_stage(args.run.resume or args.run.out)
     begun = args.run.resume is not None and bool(checkpoints(args.run.resume / CHECKPOINTS))
@@ -142,7 +142,7 @@ def train_whole(args: LearnerArgs, part_of: Path | None = None) -> Path:
 @contextmanager
 def _team(args: LearnerArgs, learner: Learner) -> Iterator[Replicas | None]:
     """Give the learner replicas on a cluster, if it is to have some."""
-    if not (isinstance(args, SharedArgs) and isinstance(learner, SharedLearner) and args.crew.ray):
+    if not (isinstance(args, SharedArgs) and isinstance(learner, SharedLearner) and args.crew.ray is not None):
         yield None
         return
     if learner.parts < args.crew.workers:
@@ -204,7 +204,7 @@ def _validate(validation: Validation, learner: Learner, team: Replicas | None) -
 
 def _check(args: LearnerArgs) -> None:
     """Refuse numbers that can't be."""
-    if isinstance(args, SharedArgs) and args.crew.ray:
+    if isinstance(args, SharedArgs) and args.crew.ray is not None:
         args.crew.connect()
     for value, name, least in (
         (args.learner.updates, "updates", 1),

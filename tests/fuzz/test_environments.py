@@ -30,22 +30,25 @@ REFUSALS = (ValueError, ResetNeeded)
 """What the docstrings say."""
 
 
-def same(one: Any, other: Any) -> bool:
-    """Return whether two results of environments are equal, NaN being NaN, but for how sums are rounded."""
+def same(one: Any, other: Any, tolerance: float = 0.0) -> bool:
+    """Return whether two results of environments are equal, NaN being NaN, floats within a tolerance."""
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+        return one.keys() == other.keys() and all(same(one[name], other[name], tolerance) for name in one)
     if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(same, one, other))
+        return len(one) == len(other) and all(same(x, y, tolerance) for x, y in zip(one, other, strict=True))
     if isinstance(one, torch.Tensor):
-        return same(one.numpy(), other.numpy())
+        return one.dtype == other.dtype and same(one.cpu().numpy(), other.cpu().numpy(), tolerance)
     if isinstance(one, np.ndarray) and one.dtype == object:
-        return same(one.tolist(), other.tolist())
+        return same(one.tolist(), other.tolist(), tolerance)
     if isinstance(one, np.ndarray):
-        near = 1e-9 if one.dtype == np.float64 else 1e-5
-        return one.dtype == other.dtype and np.allclose(one, other, rtol=near, atol=near, equal_nan=True)
-    if isinstance(one, float):
-        return same(np.asarray(one), np.asarray(other))
-    return type(one) is type(other) and one == other
+        if one.dtype != other.dtype or one.shape != other.shape:
+            return False
+        if one.dtype.kind != "f":
+            return np.array_equal(one, other)
+        return np.allclose(one, other, rtol=0, atol=tolerance, equal_nan=True)
+    if type(one) is float is type(other):
+        return one == other or one != one or abs(one - other) <= tolerance
+    return type(one) is type(other) and (one == other or one != one)
 
 
 def by_row(value: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -68,6 +71,9 @@ OPTIONS = st.fixed_dictionaries(
 RESETS = st.fixed_dictionaries(
     {}, optional={"seed": by_row(INTEGERS) | st.none() | JUNK, "options": st.none() | OPTIONS | OPTIONS | JUNK}
 )
+
+REFUSED_LATE = [{"budget": 10**6}, {"trace": -1}, {"cut": 10**6}, {"trace": 10**6, "cut": 10**6}]
+"""Options that no environment takes; those that it knows are held against what was drawn."""
 
 SPOILERS: dict[str, Callable[[np.ndarray], Any]] = {
     "nothing": lambda x: x,
@@ -169,6 +175,12 @@ class Calls(Sequences):
         """Reset with anything."""
         self.both(lambda env: env.reset(**arguments))
 
+    @rule(seed=st.none() | st.integers(0, 1), options=st.sampled_from(REFUSED_LATE))
+    def reset_refused_late(self, seed: int | None, options: dict[str, int]) -> None:
+        """Reset with what is refused only when seeds were taken and numbers drawn."""
+        with pytest.raises(ValueError, match=r"option|trace|cut"):
+            self.env.reset(seed=seed, options=options)
+
     @precondition(lambda self: not self.seeded)
     @rule(arguments=RESETS.filter(lambda arguments: arguments.get("seed") is not None))
     def reset_first(self, arguments: dict[str, Any]) -> None:
@@ -200,7 +212,8 @@ class Calls(Sequences):
         self.follow_as_much(fresh)
         action = np.random.default_rng(0).uniform(-1, 1, fresh.action_space.shape).astype(np.float32)
         for call in (lambda env: env.reset(seed=3), lambda env: env.step(action), lambda env: env.reset()):
-            assert same(call(self.env), call(fresh)), "it isn't as good as new"
+            # Losses of the full cache are those of before, rounded as they were beside other traces.
+            assert same(call(self.env), call(fresh), tolerance=1e-9), "it isn't as good as new"
 
     def follow_as_much(self, fresh: Any) -> None:
         """Let an environment follow what this one does."""
