@@ -178,7 +178,7 @@ class Calls(Sequences):
     @rule(seed=st.none() | st.integers(0, 1), options=st.sampled_from(REFUSED_LATE))
     def reset_refused_late(self, seed: int | None, options: dict[str, int]) -> None:
         """Reset with what is refused only when seeds were taken and numbers drawn."""
-        with pytest.raises(ValueError, match="option|trace|cut"):
+        with pytest.raises(ValueError, match=r"option|trace|cut"):
             self.env.reset(seed=seed, options=options)
 
     @precondition(lambda self: not self.seeded)
