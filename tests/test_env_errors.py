@@ -254,8 +254,9 @@ def test_a_snapshot_that_is_refused_changes_nothing() -> None:
     env, other = single(), single(features="stats")
     other.reset(seed=1)
     env.reset(seed=0)
-    before = env.restore(env.snapshot())
     foreign, own = other.snapshot(), env.snapshot()
+    env.step(np.zeros(env.action_space.shape, np.float32))  # so that taking over any part of a snapshot is a change
+    before = env.snapshot()
     wrong: list[tuple[Any, str]] = [
         (None, "a snapshot of snapshot"),
         # Its needs are others than this environment's, and fit: what doesn't is found before anything is replaced.
@@ -280,9 +281,12 @@ def test_a_snapshot_that_is_refused_changes_nothing() -> None:
             env.restore(snapshot)
     with pytest.raises(ValueError, match=r"the snapshot follows \[\]: \['stats'\] must be among them"):
         other.restore(own)
-    after = env.restore(own)
-    for name in before:
-        np.testing.assert_array_equal(before[name], after[name])
+    after = env.snapshot()
+    for name, value in vars(before.counters).items():
+        np.testing.assert_array_equal(value, getattr(after.counters, name))
+    assert before.tensors.keys() == after.tensors.keys()
+    assert all(torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
+    assert (before.generators, before.seeds, before.needs) == (after.generators, after.seeds, after.needs)
 
 
 def test_rendering_what_has_not_begun() -> None:
