@@ -112,9 +112,7 @@ def test_shapes_that_the_weights_lack_fill_no_memory(kind: str, shape: list[int]
     path = directory / "policy.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"shape": shape}))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(
-        ValueError, match=r"is not a \w+ policy's description|doesn't hold this scorer's weights"
-    ):
+    with pytest.raises(ValueError, match=r"is not a \w+ policy's description|doesn't hold this scorer's weights"):
         agents.make(directory)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes were taken for it"
 
