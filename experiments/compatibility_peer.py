@@ -7,10 +7,12 @@ Gymnasium must know the ids.
 from __future__ import annotations
 
 import json
+import py_compile
 import warnings
 from importlib import import_module
 from pathlib import Path
 from pkgutil import walk_packages
+from tempfile import TemporaryDirectory
 
 import gymnasium
 
@@ -25,10 +27,10 @@ IDS = ("KVEvict-v0", "KVRank-v0")
 def compiled() -> int:
     """Return how many files there are, each of which compiles."""
     files = [file for name in PACKAGES for file in Path(str(import_module(name).__file__)).parent.rglob("*.py")]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), TemporaryDirectory() as directory:
         warnings.simplefilter("error")
         for file in files:
-            compile(file.read_text(encoding="utf-8"), str(file), "exec")
+            py_compile.compile(str(file), cfile=f"{directory}/compiled", doraise=True)
     return len(files)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import tyro
 
 from experiments.bench.models import SHAPES
+from experiments.bench.scaleout import TRACES
 from experiments.cli import run
 from experiments.learners import GRPO, PRESETS
 from experiments.plan import REACHED, Shapes, plan
@@ -104,12 +105,13 @@ def planned(args: Args, measured: Mapping[str, float], traces: int) -> Update:
         (Path(directory) / "config.json").write_text(json.dumps(SHAPES[MODEL]), encoding="utf-8")
         config = replace(config, env=replace(config.env, model=directory))
         (stage,), shapes = plan(config), Shapes(config)
+    nbytes = 4.0 * shapes.layers * shapes.heads * shapes.scored
     return Update(
         parts=traces,
         part=stage.flops / traces / args.tflops / 1e12,
-        nbytes=4.0 * shapes.layers * shapes.heads * shapes.scored,
+        nbytes=nbytes,
         call=measured["a call"] / 1e3,
-        step=measured["the learner's own step"] / 1e3,
+        step=measured["the learner's own step"] / 1e3 * nbytes * traces / (measured["gradients"] * 1e6),
         rate=1e9 * min(args.network, measured["sent"], measured["returned"]),
     )
 
@@ -133,6 +135,7 @@ def table(update: Update) -> list[str]:
 def page(args: Args, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
     """Return the page."""
     measured = {str(row["metric"]): float(row["value"]) for row in rows if row["case"].startswith(("grpo", "messages"))}
+    measured["gradients"] = TRACES * measured["gradient of a part"]
     lines = [
         "# What more GPUs would reach",
         "",
@@ -160,9 +163,9 @@ def page(args: Args, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
         "",
         f"A part is a trace's eight rollouts, their replay and its full-cache pass: {whole.part:.1f} s at "
         f"{args.tflops:g} TFLOP/s (`kvenv plan` counts the work). The scorer's weights, and a part's gradient, are "
-        f"{whole.nbytes / 1e6:.1f} MB; a node of {whole.gpus} GPUs is sent the weights once. Calls and the learner's "
-        f"step take what they took here, bytes the slower of {args.network:g} GB/s of a network and what Ray reached "
-        "here.",
+        f"{whole.nbytes / 1e6:.1f} MB; a node of {whole.gpus} GPUs is sent the weights once. Calls take what they took "
+        "here, the learner's step as long for a byte of gradients, bytes the slower of "
+        f"{args.network:g} GB/s of a network and what Ray reached here.",
         "",
         "32 traces in an update, as published:",
         "",
