@@ -154,7 +154,7 @@ def page(args: Args, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
         else:
             spread = f"{row['ratio']:.0%} ± {row['spread']:.0%}"
             lines.append(
-                f"| {row['case']}: {row['metric']} | {value} | {row['baseline']:.3g} {row['unit']} | {spread} |"
+                f"| {row['case']}: {row['metric']} | {value} | {_number(row['baseline'])} {row['unit']} | {spread} |"
             )
     whole, more = planned(args, measured, 32), planned(args, measured, 256)
     lines += [
