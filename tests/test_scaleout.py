@@ -1,4 +1,4 @@
-"""What more GPUs would reach: plain arithmetic on what was measured; the committed page is made of the committed rows."""
+"""What more GPUs would reach: plain arithmetic on what was measured; the committed page is made of committed rows."""
 
 from __future__ import annotations
 
