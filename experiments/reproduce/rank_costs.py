@@ -119,7 +119,11 @@ def rank_costs(
             )
     jury = Jury(policies, _futures(model, traces, interval, len(cuts)), budgets)
     # Nothing is asked of what comes after a cut: its attention is in the futures.
-    asked = [replace(trace, tokens=trace.tokens[: cut + 2], prompt_length=cut) for trace in traces for cut in cuts]
+    asked = [
+        replace(trace, tokens=trace.tokens[: cut + 2], prompt_length=cut, answers=())
+        for trace in traces
+        for cut in cuts
+    ]
     terms: dict[str, Any] = {"model": model, "budget": budgets[0], "interval": interval, "protection": protection}
     rollout(jury, asked, schedule="prefill", **terms)
     return {
