@@ -162,7 +162,7 @@ def evaluate(
     setting = _Setting(tuple(budgets), interval, schedule, protection, score_from, by_entropy)
     fits = batch_size
     for start in range(0, len(trace_ids), batch_size):
-        parts = _Batch(model, source, trace_ids[start : start + batch_size], setting).parts(fits)
+        parts = _batches(model, source, trace_ids[start : start + batch_size], setting, fits)
         for budget in budgets:
             for name, policy in policies.items():
                 rows = partial(_Batch.rows, name=name, policy=policy, budget=budget, seeds=seeds)
@@ -255,14 +255,9 @@ class _Batch:
         self._expected: dict[int, FutureAttention] = {}
         self._full: list[_TraceLosses] = []
 
-    def parts(self, size: int) -> list[_Batch]:
-        """Return the same traces in batches of that size."""
-        starts = range(0, len(self.ids), size)
-        return [_Batch(self.model, self.source, self.ids[start : start + size], self.setting) for start in starts]
-
     def halves(self) -> list[_Batch]:
         """Return the same traces in two batches, if there are two."""
-        return self.parts(-(-len(self.ids) // 2))
+        return _batches(self.model, self.source, self.ids, self.setting, -(-len(self.ids) // 2))
 
     def rows(self, name: str, policy: Policy | None, budget: int, seeds: Sequence[int]) -> Iterator[Row]:
         """Yield the rows of a policy at a budget."""
@@ -402,6 +397,13 @@ class _Batch:
             loss_by_entropy=[_mean(losses.nll[scored][part]) for part in parts] if parts else None,
             full_loss_by_entropy=[_mean(full.nll[scored][part]) for part in parts] if parts else None,
         )
+
+
+def _batches(
+    model: PreTrainedModel, source: TraceSource, ids: Sequence[int], setting: _Setting, size: int
+) -> list[_Batch]:
+    """Return traces in batches of that size."""
+    return [_Batch(model, source, ids[start : start + size], setting) for start in range(0, len(ids), size)]
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,19 +136,14 @@ def _messages(args: CrewArgs) -> Iterator[Row]:
         yield Row("scaleout", "messages", name, BYTES / 1e9 / (float(np.median(times[name])) - call), "GB/s")
 
 
-class _cluster:
-    """Ray on this machine, with room for so many workers whether or not it has the cores."""
+@contextmanager
+def _cluster(room: int) -> Iterator[None]:
+    """Start Ray on this machine, with room for so many workers whether or not it has the cores."""
+    import ray
 
-    def __init__(self, room: int) -> None:
-        self.room = room
-
-    def __enter__(self) -> None:
-        import ray
-
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(num_cpus=self.room, include_dashboard=False, log_to_driver=False, logging_level=40)
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=room, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
         ray.shutdown()
